@@ -1,0 +1,1 @@
+"""diffopt: differentiable optimization for PyTorch, as pure functions that compose with torch.func."""

@@ -1,0 +1,1 @@
+"""Launchers of fused kernels and their readable references; knows torch and triton only."""
