@@ -1,0 +1,266 @@
+"""Functions with a derivative given by rule, under every transform at any nesting.
+
+One `torch.autograd.Function` serves them all. Its first argument is an opaque `Rules` object; `vmap` replaces the
+rules by batched ones and applies the same Function again, so any stack of transforms ends at plain tensors.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt.autodiff.gradients import jvp as jvp_of
+from diffopt.autodiff.gradients import vjp as vjp_of
+from diffopt.autodiff.levels import (
+    enable_forward_ad,
+    is_tracked,
+    level_primals,
+    transforms_active,
+    unwrap_if_dead,
+)
+
+__all__ = ["Batching", "custom_derivative", "rules_of"]
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+Partial: TypeAlias = tuple[Tensor | None, ...]
+Primal: TypeAlias = Callable[..., Tensors]
+Batching: TypeAlias = Literal["vmap", "sequential"] | Callable[[Primal, tuple[int | None, ...], int], Primal]
+
+
+class Rules(NamedTuple):
+    primal: Callable[..., Tensors]
+    vjp: Callable[[Tensors, Tensors, Partial, tuple[bool, ...]], Partial]
+    jvp: Callable[[Tensors, Tensors, Partial], Partial]
+    batching: Batching
+
+
+def custom_derivative(
+    primal: Callable[..., Tensors],
+    *,
+    vjp: Callable[[Tensors, Tensors, Partial, tuple[bool, ...]], Partial],
+    jvp: Callable[[Tensors, Tensors, Partial], Partial],
+    batching: Batching = "vmap",
+    traceable: Callable[..., Tensors] | None = None,
+) -> Callable[..., Tensors]:
+    r"""Give a function of flat tensors its derivative by rule.
+
+    .. math:: \bar x = v^\top \partial f(x), \qquad \dot y = \partial f(x)\, t
+
+    The rules are ordinary differentiable functions, so derivatives of any order follow by recursion. Neither the
+    function nor the rules may capture a tensor that carries gradient or a batch dimension: pass it as an input
+    (`hoist` does so for a user's function).
+
+    Args:
+        primal: `(*inputs) -> outputs`, a tuple of tensors. It sees plain tensors, or those of a `vmap` made here.
+        vjp: `(inputs, outputs, cotangents, wanted) -> cotangents of the inputs`; entries where `wanted` is False
+            are ignored and may be None. Cotangents of integer outputs are None.
+        jvp: `(inputs, outputs, tangents) -> tangents of the outputs`; tangents of integer inputs are None, those of
+            integer outputs are ignored.
+        batching: how `vmap` runs `primal`: "vmap" maps it, "sequential" calls it once a lane (for `.item()`, NumPy
+            or SciPy inside); a callable `(primal, in_dims, batch_size) -> primal` makes the batched function itself,
+            its outputs batched in dimension 0.
+        traceable: the same function in plain differentiable operations, used under `torch.compile`; without it,
+            compiling raises.
+
+    Returns:
+        A function `(*inputs) -> outputs`.
+
+    Raises:
+        RuntimeError: under `torch.compile` without `traceable`.
+        TypeError: if `primal` does not return a tuple of tensors.
+
+    Example:
+        >>> def cube_vjp(inputs, outputs, cotangents, wanted):
+        ...     return (3 * inputs[0] ** 2 * cotangents[0],)
+        >>> def cube_jvp(inputs, outputs, tangents):
+        ...     return (3 * inputs[0] ** 2 * tangents[0],)
+        >>> cube = custom_derivative(lambda x: (x**3,), vjp=cube_vjp, jvp=cube_jvp)
+        >>> torch.func.grad(torch.func.grad(lambda x: cube(x)[0]))(torch.tensor(2.0))
+        tensor(12.)
+    """
+    if batching not in ("vmap", "sequential") and not callable(batching):
+        raise ValueError(f'batching must be "vmap", "sequential" or a callable; got {batching!r}')
+    rules = Rules(primal, vjp, jvp, batching)
+
+    def apply(*inputs: Tensor) -> Tensors:
+        if torch.compiler.is_compiling():
+            return _trace(traceable, inputs)
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if tracked or transforms_active():
+            return _CustomDerivative.apply(rules, *inputs)  # pyright: ignore[reportReturnType]
+        with torch.no_grad():
+            return _evaluate(primal, inputs)
+
+    return apply
+
+
+def rules_of(fn: Callable[..., Tensors]) -> tuple[Callable, Callable]:
+    """The rules that differentiate a function of flat tensors by running it again on the saved inputs.
+
+    Args:
+        fn: `(*inputs) -> outputs`, a tuple of tensors, differentiable by torch.
+
+    Returns:
+        `(vjp, jvp)` for `custom_derivative`.
+
+    Example:
+        >>> vjp, jvp = rules_of(lambda x: (x**2,))
+        >>> sqr = custom_derivative(lambda x: (x * x,), vjp=vjp, jvp=jvp)
+        >>> torch.func.grad(lambda x: sqr(x)[0])(torch.tensor(3.0))
+        tensor(6.)
+    """
+
+    def differentiable_part(inputs, outputs, chosen):
+        def part(*values):
+            values = iter(values)
+            merged = tuple(next(values) if c else x for x, c in zip(inputs, chosen, strict=True))
+            found = fn(*merged)
+            return tuple(f for f, o in zip(found, outputs, strict=True) if _differentiable(o))
+
+        return part, tuple(x for x, c in zip(inputs, chosen, strict=True) if c)
+
+    def vjp(inputs, outputs, cotangents, wanted):
+        part, primals = differentiable_part(inputs, outputs, wanted)
+        found = iter(vjp_of(part, *primals)[1](*(c for c in cotangents if c is not None)))
+        return tuple(next(found) if w else None for w in wanted)
+
+    def jvp(inputs, outputs, tangents):
+        part, primals = differentiable_part(inputs, outputs, tuple(t is not None for t in tangents))
+        found = iter(jvp_of(part, primals, tuple(t for t in tangents if t is not None))[1])
+        return tuple(next(found) if _differentiable(o) else None for o in outputs)
+
+    return vjp, jvp
+
+
+def _trace(traceable, inputs):
+    if traceable is None:
+        raise RuntimeError(
+            "this operator's work depends on data and cannot be compiled: compile the code around it, compile one "
+            "step of it, or use its dense or fixed-iteration form"
+        )
+    return traceable(*inputs)
+
+
+def _evaluate(primal, inputs):
+    outputs = primal(*inputs)
+    if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) for o in outputs):
+        raise TypeError(f"primal must return a tuple of tensors; got {type(outputs).__name__}")
+    # autograd gives an input returned as it is, or as a view, a history of its own
+    return tuple(o.clone() if o._base is not None or any(o is x for x in inputs) else o for o in outputs)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+class _CustomDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(rules: Rules, *inputs: Tensor) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
+        outputs = _evaluate(rules.primal, inputs)
+        if any(is_tracked(o) for o in outputs):
+            raise ValueError(
+                "the function uses a tensor that carries gradient, a tangent or a batch dimension without taking it "
+                "as an input; its gradient would be lost: pass it as an argument"
+            )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.rules, *tensors = inputs
+        ctx.count = len(tensors)
+        ctx.mark_non_differentiable(*(o for o in output if not _differentiable(o)))
+        # the output is saved as well, so that rules which use it are differentiated through it
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        # a pullback can run after its functorch level has died, as when a root's function contains a root
+        saved = tuple(map(unwrap_if_dead, ctx.saved_tensors))
+        inputs, outputs = saved[: ctx.count], saved[ctx.count :]
+        wanted = tuple(ctx.needs_input_grad[1:])
+        cotangents = tuple(c if _differentiable(o) else None for c, o in zip(cotangents, outputs, strict=True))
+        found = ctx.rules.vjp(inputs, outputs, cotangents, wanted)
+        return None, *(f if w else None for f, w in zip(found, wanted, strict=True))
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = tuple(map(unwrap_if_dead, level_primals(ctx.saved_tensors)))
+        inputs, outputs = saved[: ctx.count], saved[ctx.count :]
+        tangents = tuple(
+            (torch.zeros_like(x) if t is None else t) if _differentiable(x) else None
+            for x, t in zip(inputs, tangents, strict=True)
+        )
+        with enable_forward_ad():
+            found = ctx.rules.jvp(inputs, outputs, tangents)
+        return tuple(f if _differentiable(o) else None for f, o in zip(found, outputs, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, rules, *inputs):
+        batched = _batch(rules, in_dims[1:], info.batch_size, info.randomness)
+        return _CustomDerivative.apply(batched, *inputs), 0
+
+
+def _batch(rules: Rules, dims: tuple[int | None, ...], size: int, randomness: str) -> Rules:
+    """The rules of the function mapped over a new leading dimension of its outputs."""
+
+    def mapped(fn, in_dims):
+        return torch.func.vmap(fn, in_dims=in_dims, randomness=randomness)
+
+    def vjp(inputs, outputs, cotangents, wanted):
+        given, restore = _drop_none(cotangents)
+
+        def lane(inputs, outputs, given):
+            found = rules.vjp(inputs, outputs, restore(given), wanted)
+            return tuple(f for f, w in zip(found, wanted, strict=True) if w)
+
+        found = iter(mapped(lane, (dims, 0, 0))(inputs, outputs, given))
+        return tuple(_unmap(next(found), d) if w else None for w, d in zip(wanted, dims, strict=True))
+
+    def jvp(inputs, outputs, tangents):
+        given, restore = _drop_none(tangents)
+        given_dims = tuple(d for d, t in zip(dims, tangents, strict=True) if t is not None)
+        kept = tuple(map(_differentiable, outputs))
+
+        def lane(inputs, outputs, given):
+            found = rules.jvp(inputs, outputs, restore(given))
+            return tuple(f for f, keep in zip(found, kept, strict=True) if keep)
+
+        found = iter(mapped(lane, (dims, 0, given_dims))(inputs, outputs, given))
+        return tuple(next(found) if keep else None for keep in kept)
+
+    if rules.batching == "vmap":
+        primal = mapped(rules.primal, dims)
+    else:
+        fold = _sequential if rules.batching == "sequential" else rules.batching
+        primal = fold(rules.primal, dims, size)
+    return Rules(primal, vjp, jvp, rules.batching)
+
+
+def _drop_none(values):
+    """The entries that are not None, and a function that puts them back in their places."""
+    present = tuple(v is not None for v in values)
+
+    def restore(given):
+        given = iter(given)
+        return tuple(next(given) if p else None for p in present)
+
+    return tuple(v for v in values if v is not None), restore
+
+
+def _unmap(cotangent: Tensor, dim: int | None) -> Tensor:
+    return cotangent.sum(0) if dim is None else cotangent.movedim(0, dim)
+
+
+def _sequential(primal, dims, size):
+    def run(*inputs):
+        if size == 0:
+            raise ValueError('batching="sequential" cannot map over an empty batch: no lane tells the output shape')
+        lanes = [
+            _evaluate(primal, tuple(x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)))
+            for i in range(size)
+        ]
+        return tuple(map(torch.stack, zip(*lanes, strict=True)))
+
+    return run

@@ -1,0 +1,311 @@
+r"""Vector-Jacobian products, Jacobian-vector products and gradients that pick the cheapest right path.
+
+With no transform live, plain `torch.autograd.grad` is about four times cheaper a call than `torch.func`; with one
+live, only `torch.func` is right. The functions here choose, and return the same either way.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from diffopt.autodiff.levels import dual_only, transforms_active
+
+__all__ = ["grad", "jvp", "linearize", "value_and_grad", "vjp"]
+
+Pull: TypeAlias = Callable[..., tuple[Tensor, ...]]
+Push: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+
+def vjp(fn: Callable[..., Any], *primals: Tensor) -> tuple[Any, Pull]:
+    r"""Evaluate a function of tensors and return its pullback, which may be called many times.
+
+    .. math:: v \mapsto v^\top \partial f(x)
+
+    Args:
+        fn: takes the primals, returns a tensor or a tuple of tensors.
+        primals: floating-point tensors of any shape.
+
+    Returns:
+        `(output, pullback)`, where `pullback(*cotangents)` takes one cotangent an output and returns one an input.
+        Both are differentiable again, also in whatever `fn` captured.
+
+    Example:
+        >>> out, pullback = vjp(torch.sin, torch.tensor([0.0]))
+        >>> pullback(torch.ones(1))
+        (tensor([1.]),)
+    """
+    out, pullback, _ = linearize(fn, *primals)
+    return out, pullback
+
+
+def linearize(fn: Callable[..., Any], *primals: Tensor) -> tuple[Any, Pull, Push]:
+    r"""Evaluate a function of tensors once, and return the two linear maps of its derivative there.
+
+    .. math:: v \mapsto v^\top \partial f(x), \qquad t \mapsto \partial f(x)\, t
+
+    The second is the pullback pulled back, so that neither evaluates `fn` again.
+
+    Args:
+        fn: takes the primals, returns a tensor or a tuple of tensors.
+        primals: floating-point tensors of any shape.
+
+    Returns:
+        `(output, pullback, pushforward)`; `pushforward(*tangents)` returns a tuple with one tangent an output.
+
+    Example:
+        >>> out, pullback, pushforward = linearize(lambda x: x[:1] * x[1:], torch.tensor([2.0, 3.0]))
+        >>> pullback(torch.ones(1)), pushforward(torch.tensor([1.0, 0.0]))
+        ((tensor([3., 2.]),), (tensor([3.]),))
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return _functional_linearize(fn, primals)
+    return _autograd_linearize(fn, primals)
+
+
+def _functional_linearize(fn, primals):
+    out, pull = torch.func.vjp(fn, *primals)
+    outs = out if isinstance(out, tuple) else (out,)
+    pull_tuple = pull if isinstance(out, tuple) else (lambda cotangents: pull(cotangents[0]))
+    push = None
+
+    def pushforward(*tangents: Tensor) -> tuple[Tensor, ...]:
+        nonlocal push
+        if push is None:
+            _, push = torch.func.vjp(lambda *v: pull_tuple(v), *map(torch.zeros_like, outs))
+        return push(tangents)
+
+    return out, (lambda *cotangents: pull_tuple(cotangents)), pushforward
+
+
+def _autograd_linearize(fn, primals):
+    connected = torch.is_grad_enabled() and any(p.requires_grad for p in primals)
+    with torch.enable_grad():
+        inputs = _fresh(primals, connected)
+        out = fn(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf(outs, inputs))
+    live = [o for o in outs if o.requires_grad]
+    pulled = None
+
+    def differentiate(results, at, weights):
+        again = create or (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+        return torch.autograd.grad(results, at, weights, retain_graph=True, create_graph=again, materialize_grads=True)
+
+    def pullback(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        if not live:
+            return tuple(map(torch.zeros_like, primals))
+        return differentiate(live, inputs, [c for o, c in zip(outs, cotangents, strict=True) if o.requires_grad])
+
+    def pushforward(*tangents: Tensor) -> tuple[Tensor, ...]:
+        nonlocal pulled
+        if pulled is None:
+            with torch.enable_grad():
+                seeds = tuple(torch.zeros_like(o, requires_grad=True) for o in outs)
+                pulled = seeds, pullback(*seeds)
+        seeds, results = pulled
+        moving = [(r, t) for r, t in zip(results, tangents, strict=True) if r.requires_grad]
+        if not moving:
+            return tuple(map(torch.zeros_like, outs))
+        return differentiate([r for r, _ in moving], seeds, [t for _, t in moving])
+
+    return (out if create else _detach(out)), pullback, pushforward
+
+
+def _fresh(primals: Sequence[Tensor], connected: bool) -> tuple[Tensor, ...]:
+    """Stand-ins for the primals: aliases where the outer graph must stay attached, new leaves elsewhere."""
+    return tuple(p.view_as(p) if connected and p.requires_grad else p.detach().requires_grad_() for p in primals)
+
+
+def _detach(out):
+    return tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()
+
+
+def _reaches_foreign_leaf(outs: Sequence[Tensor], ours: Sequence[Tensor]) -> bool:
+    """Whether the outputs depend on a leaf that the caller did not pass in, such as a captured parameter."""
+    known = {id(leaf) for leaf in ours}
+    stack = [o.grad_fn for o in outs if o.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            return True
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return any(o.grad_fn is None and o.requires_grad and id(o) not in known for o in outs)
+
+
+def jvp(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
+    r"""Evaluate a function of tensors and its directional derivative.
+
+    .. math:: (x, t) \mapsto (f(x),\ \partial f(x)\, t)
+
+    Args:
+        fn: takes the primals, returns a tensor or a tuple of tensors.
+        primals: floating-point tensors of any shape.
+        tangents: one a primal, of the same shape and dtype.
+
+    Returns:
+        `(output, tangent)`, the tangent shaped like the output; legal inside `forward_ad.dual_level` too, where
+        `torch.func.jvp` raises.
+
+    Example:
+        >>> jvp(torch.sin, (torch.tensor(0.0),), (torch.tensor(2.0),))[1]
+        tensor(2.)
+    """
+    primals, tangents = tuple(primals), tuple(tangents)
+    if torch.compiler.is_compiling() or (transforms_active() and not dual_only()):
+        return torch.func.jvp(fn, primals, tangents)
+    out, _, pushforward = linearize(fn, *primals)
+    tangent = pushforward(*tangents)
+    return out, (tangent if isinstance(out, tuple) else tangent[0])
+
+
+def value_and_grad(
+    fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Make a function that returns the value of `fn` and its gradient.
+
+    .. math:: x \mapsto (f(x),\ \nabla f(x))
+
+    Args:
+        fn: returns a scalar tensor, or `(scalar, aux)` with `has_aux`.
+        argnums: which positional arguments (trees of floating-point tensors) to differentiate.
+        has_aux: whether `fn` returns a second, undifferentiated output.
+
+    Returns:
+        A function of the same arguments returning `(value, gradient)`, or `((value, aux), gradient)`. The gradient
+        is a tree like the argument, a tuple of them where `argnums` is a tuple. It composes with every `torch.func`
+        transform, and keeps the gradient of tensors that `fn` captured.
+
+    Raises:
+        TypeError: if a differentiated leaf is not a floating-point tensor, or `fn` does not return a scalar tensor.
+        ValueError: if `argnums` names an argument that was not given.
+
+    Example:
+        >>> value_and_grad(lambda x: (x**2).sum())(torch.tensor([1.0, 2.0]))
+        (tensor(5.), tensor([2., 4.]))
+    """
+    argnums_tuple = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        leaves, spec = _differentiated(args, argnums_tuple)
+        if torch.compiler.is_compiling() or transforms_active():
+            value, aux, grads = _functional(fn, args, kwargs, argnums_tuple, has_aux, leaves, spec)
+        else:
+            value, aux, grads = _autograd(fn, args, kwargs, argnums_tuple, has_aux, leaves, spec)
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((value, aux) if has_aux else value), grads
+
+    return wrapped
+
+
+def grad(fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+    r"""Make a function that returns the gradient of `fn`, with `aux` beside it where `has_aux`.
+
+    .. math:: x \mapsto \nabla f(x)
+
+    Args:
+        fn: as in `value_and_grad`.
+        argnums: as in `value_and_grad`.
+        has_aux: as in `value_and_grad`.
+
+    Returns:
+        A function of the same arguments returning the gradient, or `(gradient, aux)`.
+
+    Raises:
+        TypeError: as in `value_and_grad`.
+        ValueError: as in `value_and_grad`.
+
+    Example:
+        >>> grad(grad(lambda x: x**3))(torch.tensor(2.0))
+        tensor(12.)
+    """
+    both = value_and_grad(fn, argnums, has_aux=has_aux)
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return wrapped
+
+
+def _differentiated(args: tuple, argnums: tuple[int, ...]):
+    for n in argnums:
+        if not -len(args) <= n < len(args):
+            raise ValueError(f"argnums names argument {n}, but {len(args)} positional arguments were given")
+    leaves, spec = optree.tree_flatten(tuple(args[n] for n in argnums))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"a differentiated argument must be a tree of floating-point tensors; found {found}")
+    return leaves, spec
+
+
+def _call(fn, args, kwargs, argnums, values, has_aux):
+    args = list(args)
+    for n, value in zip(argnums, values, strict=True):
+        args[n] = value
+    out = fn(*args, **kwargs)
+    value, aux = out if has_aux else (out, None)
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() > 1:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"the function must return a scalar tensor; got {found}. Reduce it, for example by .sum()")
+    return value.reshape(()), aux
+
+
+def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
+    aux = None
+
+    def scalar(*flat):
+        value, extra = _call(fn, args, kwargs, argnums, spec.unflatten(flat), has_aux)
+        nonlocal aux
+        aux, tensors = _split_tensors(extra)
+        return value, tensors
+
+    if not leaves:
+        return *_call(fn, args, kwargs, argnums, spec.unflatten(()), has_aux), spec.unflatten(())
+    wanted = tuple(range(len(leaves)))
+    grads, (value, tensors) = torch.func.grad_and_value(scalar, wanted, has_aux=True)(*leaves)
+    return value, aux(tensors), spec.unflatten(grads)
+
+
+def _split_tensors(tree):
+    """The tensors of a tree, and a function that puts others in their place."""
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def join(tensors):
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return spec.unflatten(filled)
+
+    return join, tuple(leaves[i] for i in places)
+
+
+def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
+    connected = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    with torch.enable_grad():
+        inputs = _fresh(leaves, connected)
+        value, aux = _call(fn, args, kwargs, argnums, spec.unflatten(inputs), has_aux)
+    create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf((value,), inputs))
+    if inputs and value.requires_grad:
+        grads = torch.autograd.grad(value, inputs, create_graph=create, materialize_grads=True)
+    else:
+        grads = tuple(map(torch.zeros_like, inputs))
+    if not create:
+        value, aux = value.detach(), _detach_tree(aux)
+    return value, aux, spec.unflatten(grads)
+
+
+def _detach_tree(tree):
+    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,0 +1,126 @@
+"""Which transforms are live, and what a tensor carries for them.
+
+Every private torch name that diffopt needs for this is imported here, so that a change in torch breaks one
+file. `tests/autodiff/test_levels.py` fails when the meaning of one of them changes.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C._functorch import (  # no public way to look inside a functorch wrapper
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    peek_interpreter_stack,
+    unwrap_if_dead,
+)
+from torch.autograd.forward_ad import _set_fwd_grad_enabled  # a Function's jvp runs with forward AD off
+
+__all__ = [
+    "any_lane",
+    "dual_only",
+    "enable_forward_ad",
+    "first_lane",
+    "is_tracked",
+    "level_primals",
+    "transforms_active",
+    "unwrap_if_dead",
+    "unwrap_lanes",
+]
+
+
+def transforms_active() -> bool:
+    """Whether a `torch.func` transform or a `forward_ad.dual_level` is live around the caller.
+
+    Returns:
+        A Python bool; plain autograd does not count.
+
+    Example:
+        >>> transforms_active()
+        False
+        >>> torch.func.vmap(lambda x: x * transforms_active())(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def dual_only() -> bool:
+    """Whether a base `forward_ad.dual_level` is live with no `torch.func` transform above it.
+
+    There `torch.func.jvp` raises, so derivatives must be taken by two reverse passes.
+    """
+    return forward_ad._current_level >= 0 and peek_interpreter_stack() is None
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether a gradient, a tangent or a batch dimension rides on the tensor."""
+    return tensor.requires_grad or is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return dual_only() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def level_primals(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors without the tangent of the innermost level; tangents of outer levels stay."""
+    return tuple(forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors)
+
+
+def enable_forward_ad():
+    """A context in which the rules inside a `Function.jvp` are themselves differentiated forward.
+
+    Without it, forward-over-forward is silently wrong (pytorch issue 197867).
+    """
+    return _set_fwd_grad_enabled(True)
+
+
+def unwrap_lanes(tensor: Tensor) -> Tensor:
+    """The plain tensor under all wrappers, with one extra dimension for every vmap it is batched over."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def any_lane(mask: Tensor) -> bool:
+    r"""Whether a boolean tensor holds anywhere, in any lane of any enclosing `vmap`.
+
+    .. math:: \bigvee_{\text{lanes}} \bigvee_i m_i
+
+    Legal under every nesting of `vmap`, `grad` and `jvp`, where `bool(mask)` is not; this is what lets a Python
+    loop stop when its last lane has finished.
+
+    Args:
+        mask: a bool tensor of any shape.
+
+    Returns:
+        A Python bool, the same for all lanes.
+
+    Raises:
+        TypeError: if `mask` is not a bool tensor.
+        RuntimeError: while compiling, where the answer depends on data.
+
+    Example:
+        >>> torch.func.vmap(lambda x: x + any_lane(x > 2))(torch.tensor([1.0, 3.0]))
+        tensor([2., 4.])
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "any_lane depends on data and cannot be compiled; use a fixed number of steps, or compile one step"
+        )
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"any_lane needs a bool tensor; got {getattr(mask, 'dtype', type(mask).__name__)}")
+    return bool(unwrap_lanes(mask).any())
+
+
+def first_lane(tensor: Tensor) -> Tensor:
+    """The tensor as the first lane of every vmap sees it, plain and detached; zeros where a vmap is empty."""
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    while is_functorch_wrapped_tensor(tensor):
+        dim = maybe_get_bdim(tensor) if is_batchedtensor(tensor) else None
+        tensor = get_unwrapped(tensor)
+        if dim is not None:
+            if tensor.shape[dim] == 0:
+                return torch.zeros(shape, dtype=dtype, device=device)
+            tensor = tensor.select(dim, 0)
+    return tensor.detach()
