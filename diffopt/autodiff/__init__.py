@@ -3,7 +3,7 @@
 from diffopt.autodiff.checkpoint import checkpoint, unroll
 from diffopt.autodiff.closures import check_closed, hoist
 from diffopt.autodiff.compilation import compile
-from diffopt.autodiff.custom_derivative import Batching, custom_derivative, rules_of
+from diffopt.autodiff.custom_derivative import Batching, choose, custom_derivative, rules_of
 from diffopt.autodiff.fused_op import fused_op
 from diffopt.autodiff.gradients import grad, jvp, linearize, value_and_grad, vjp
 from diffopt.autodiff.levels import any_lane, transforms_active
@@ -14,6 +14,7 @@ __all__ = [
     "any_lane",
     "check_closed",
     "checkpoint",
+    "choose",
     "compile",
     "custom_derivative",
     "fused_op",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffopt.autodiff.closures import hoist
 from diffopt.autodiff.custom_derivative import custom_derivative, rules_of
+from diffopt.tree import partition
 
 __all__ = ["checkpoint", "unroll"]
 
@@ -55,16 +56,12 @@ def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(*args)` for a function that captures nothing tracked, storing only the arguments."""
-    leaves, spec = optree.tree_flatten(args, none_is_leaf=True)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors, merge = partition(args)
     out_spec = None
 
     def flat(*inputs):
         nonlocal out_spec
-        filled = list(leaves)
-        for place, value in zip(places, inputs, strict=True):
-            filled[place] = value
-        out, out_spec = optree.tree_flatten(fn(*spec.unflatten(filled)))
+        out, out_spec = optree.tree_flatten(fn(*merge(inputs)))
         for leaf in out:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"a checkpointed function must return tensors; found {type(leaf).__name__}")
@@ -76,7 +73,7 @@ def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
             return flat(*(x.detach() for x in inputs))
 
     vjp, jvp = rules_of(flat)
-    out = custom_derivative(primal, vjp=vjp, jvp=jvp)(*(leaves[i] for i in places))
+    out = custom_derivative(primal, vjp=vjp, jvp=jvp)(*tensors)
     assert out_spec is not None
     return out_spec.unflatten(out)
 

@@ -16,7 +16,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from diffopt.autodiff.levels import first_lane, is_tracked
+from diffopt.autodiff.levels import first_lane, is_live, is_tracked
 
 __all__ = ["check_closed", "hoist"]
 
@@ -78,7 +78,7 @@ def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str)
     with torch.enable_grad():
         leaves = optree.tree_leaves(fn(*map(first_lane, inputs)))
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and is_tracked(leaf):
+        if isinstance(leaf, Tensor) and is_live(leaf):
             raise ValueError(
                 f"{name} uses a tensor that carries gradient, a tangent or a batch dimension, but is hidden where it "
                 f"cannot be found (an object with __slots__, a C extension, a long container, a recursive function). "

@@ -4,8 +4,8 @@ One `torch.autograd.Function` serves them all. Its first argument is an opaque `
 rules by batched ones and applies the same Function again, so any stack of transforms ends at plain tensors.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from diffopt.autodiff.levels import (
     unwrap_if_dead,
 )
 
-__all__ = ["Batching", "custom_derivative", "rules_of"]
+__all__ = ["Batching", "choose", "custom_derivative", "rules_of"]
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Partial: TypeAlias = tuple[Tensor | None, ...]
@@ -111,26 +111,39 @@ def rules_of(fn: Callable[..., Tensors]) -> tuple[Callable, Callable]:
         tensor(6.)
     """
 
-    def differentiable_part(inputs, outputs, chosen):
-        def part(*values):
-            values = iter(values)
-            merged = tuple(next(values) if c else x for x, c in zip(inputs, chosen, strict=True))
-            found = fn(*merged)
-            return tuple(f for f, o in zip(found, outputs, strict=True) if _differentiable(o))
-
-        return part, tuple(x for x, c in zip(inputs, chosen, strict=True) if c)
+    def differentiable(inputs, chosen):
+        part, primals = choose(fn, inputs, chosen)
+        return (lambda *values: tuple(filter(_differentiable, part(*values)))), primals
 
     def vjp(inputs, outputs, cotangents, wanted):
-        part, primals = differentiable_part(inputs, outputs, wanted)
+        part, primals = differentiable(inputs, wanted)
         found = iter(vjp_of(part, *primals)[1](*(c for c in cotangents if c is not None)))
         return tuple(next(found) if w else None for w in wanted)
 
     def jvp(inputs, outputs, tangents):
-        part, primals = differentiable_part(inputs, outputs, tuple(t is not None for t in tangents))
+        part, primals = differentiable(inputs, tuple(t is not None for t in tangents))
         found = iter(jvp_of(part, primals, tuple(t for t in tangents if t is not None))[1])
         return tuple(next(found) if _differentiable(o) else None for o in outputs)
 
     return vjp, jvp
+
+
+def choose(
+    fn: Callable[..., Any], inputs: Sequence[Tensor], chosen: Sequence[bool]
+) -> tuple[Callable[..., Any], list[Tensor]]:
+    """A function of the chosen inputs alone, the others held fixed, and those inputs.
+
+    Example:
+        >>> part, primals = choose(lambda x, y: x - y, [torch.tensor(3.0), torch.tensor(1.0)], [False, True])
+        >>> part(*primals), part(torch.tensor(2.0))
+        (tensor(2.), tensor(1.))
+    """
+
+    def part(*values):
+        values = iter(values)
+        return fn(*(next(values) if c else x for x, c in zip(inputs, chosen, strict=True)))
+
+    return part, [x for x, c in zip(inputs, chosen, strict=True) if c]
 
 
 def _trace(traceable, inputs):

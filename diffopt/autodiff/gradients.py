@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff.levels import dual_only, transforms_active
+from diffopt.tree import partition
 
 __all__ = ["grad", "jvp", "linearize", "value_and_grad", "vjp"]
 
@@ -268,7 +269,7 @@ def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
     def scalar(*flat):
         value, extra = _call(fn, args, kwargs, argnums, spec.unflatten(flat), has_aux)
         nonlocal aux
-        aux, tensors = _split_tensors(extra)
+        tensors, aux = partition(extra)
         return value, tensors
 
     if not leaves:
@@ -276,20 +277,6 @@ def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
     wanted = tuple(range(len(leaves)))
     grads, (value, tensors) = torch.func.grad_and_value(scalar, wanted, has_aux=True)(*leaves)
     return value, aux(tensors), spec.unflatten(grads)
-
-
-def _split_tensors(tree):
-    """The tensors of a tree, and a function that puts others in their place."""
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def join(tensors):
-        filled = list(leaves)
-        for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        return spec.unflatten(filled)
-
-    return join, tuple(leaves[i] for i in places)
 
 
 def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
@@ -303,9 +290,10 @@ def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
     else:
         grads = tuple(map(torch.zeros_like, inputs))
     if not create:
-        value, aux = value.detach(), _detach_tree(aux)
+        value, aux = value.detach(), _detach_tensors(aux)
     return value, aux, spec.unflatten(grads)
 
 
-def _detach_tree(tree):
-    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+def _detach_tensors(tree):
+    tensors, merge = partition(tree)
+    return merge([t.detach() for t in tensors])

@@ -4,6 +4,8 @@ Every private torch name that diffopt needs for this is imported here, so that a
 file. `tests/autodiff/test_levels.py` fails when the meaning of one of them changes.
 """
 
+import contextlib
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -12,9 +14,11 @@ from torch._C._functorch import (  # no public way to look inside a functorch wr
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     maybe_get_bdim,
+    maybe_get_level,
     peek_interpreter_stack,
     unwrap_if_dead,
 )
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # to ask a tensor at its own level
 from torch.autograd.forward_ad import _set_fwd_grad_enabled  # a Function's jvp runs with forward AD off
 
 __all__ = [
@@ -22,6 +26,7 @@ __all__ = [
     "dual_only",
     "enable_forward_ad",
     "first_lane",
+    "is_live",
     "is_tracked",
     "level_primals",
     "transforms_active",
@@ -55,11 +60,40 @@ def dual_only() -> bool:
 
 def is_tracked(tensor: Tensor) -> bool:
     """Whether a gradient, a tangent or a batch dimension rides on the tensor."""
-    return tensor.requires_grad or is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor)
+    return is_functorch_wrapped_tensor(tensor) or tensor.requires_grad or _has_tangent(tensor)
+
+
+def is_live(tensor: Tensor) -> bool:
+    """Whether a gradient, a tangent or a batch dimension really rides on a computed tensor.
+
+    Under a transform every result is wrapped, also one that depends on constants alone; this looks inside.
+    """
+    if not is_functorch_wrapped_tensor(tensor):
+        return tensor.requires_grad or _has_tangent(tensor)
+    with contextlib.ExitStack() as stack:
+        while is_functorch_wrapped_tensor(tensor):
+            top = peek_interpreter_stack()
+            if top is not None and top.level() > maybe_get_level(tensor):
+                stack.enter_context(temporarily_pop_interpreter_stack())
+                continue
+            if is_batchedtensor(tensor) or tensor.requires_grad or _tangent(tensor) is not None:
+                return True
+            tensor = get_unwrapped(tensor)
+    return tensor.requires_grad or _has_tangent(tensor)
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    return forward_ad.unpack_dual(tensor, level=0).tangent
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return dual_only() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+    """Whether a plain tensor carries a tangent of a base `dual_level`, seen from under any transform."""
+    if forward_ad._current_level < 0:
+        return False
+    with contextlib.ExitStack() as stack:
+        while peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        return _tangent(tensor) is not None
 
 
 def level_primals(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from diffopt.tree.arithmetic import add, axpy, norm, scale, sub, vdot, where, zeros_like
 from diffopt.tree.module import from_module, to_module
+from diffopt.tree.partition import partition
 from diffopt.tree.ravel import ravel
 from diffopt.tree.structure import (
     check_like,
@@ -25,6 +26,7 @@ __all__ = [
     "leaves",
     "map",
     "norm",
+    "partition",
     "paths",
     "ravel",
     "scale",

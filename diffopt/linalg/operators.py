@@ -1,0 +1,399 @@
+r"""Linear operators: a matrix known by its products, with the tensors it depends on held as explicit parameters.
+
+.. math:: A_\theta : \mathbb R^n \to \mathbb R^m, \qquad v \mapsto A_\theta v, \quad u \mapsto A_\theta^\top u
+
+Products act on trees; inside, everything is one flat vector. Because the parameters are explicit, `linear_solve` can
+differentiate a solution in them without differentiating the solver's iterations.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import optree
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.autodiff import grad as grad_of
+from diffopt.autodiff import hoist, linearize, transforms_active, vjp
+from diffopt.typing import Tree
+
+__all__ = [
+    "Bound",
+    "LinearOperator",
+    "Tag",
+    "function_operator",
+    "gauss_newton_operator",
+    "hessian_operator",
+    "jacobian_operator",
+    "matrix_operator",
+]
+
+Tag: TypeAlias = Literal["symmetric", "positive_definite", "diagonal", "lower_triangular", "upper_triangular"]
+Product: TypeAlias = Callable[[Tensor], Tensor]
+
+_TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
+_FEW = 8  # rows that cost less one by one than through vmap
+
+
+class Bound(NamedTuple):
+    """An operator at given parameters, on flat vectors: its two products and its dense matrix."""
+
+    matvec: Product
+    rmatvec: Product
+    dense: Callable[[], Tensor]
+
+
+class Space(NamedTuple):
+    """The trees that an operator takes or returns, as flat vectors."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    unravel: Callable[[Tensor], Tree]
+
+    @staticmethod
+    def like(example: Tree) -> "Space":
+        return Space.of(*tree.ravel(example))
+
+    @staticmethod
+    def of(vector: Tensor, unravel: Callable[[Tensor], Tree]) -> "Space":
+        if not (vector.is_floating_point() or vector.is_complex()):
+            raise TypeError(f"a space of floating-point tensors is needed; got {vector.dtype}")
+        return Space(vector.numel(), vector.dtype, vector.device, unravel)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearOperator:
+    r"""A linear map known by its products.
+
+    .. math:: v \mapsto A_\theta v
+
+    Made by `matrix_operator`, `function_operator`, `jacobian_operator`, `hessian_operator` and
+    `gauss_newton_operator`.
+
+    Args:
+        bind: `(*parameters) -> Bound`; captures no tracked tensor.
+        parameters: the tensors that the operator depends on, flat.
+        domain: what it takes.
+        codomain: what it returns.
+        tags: what is known of its structure.
+
+    Example:
+        >>> A = matrix_operator(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), tags=["upper_triangular"])
+        >>> A.matvec(torch.ones(2)), A.transpose().matvec(torch.ones(2))
+        (tensor([3., 3.]), tensor([2., 4.]))
+    """
+
+    bind: Callable[..., Bound]
+    parameters: tuple[Tensor, ...]
+    domain: Space
+    codomain: Space
+    tags: frozenset[Tag] = frozenset()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`: numbers of elements out and in."""
+        return self.codomain.size, self.domain.size
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the tags say that the operator equals its transpose."""
+        return bool(self.tags & {"symmetric", "positive_definite", "diagonal"})
+
+    def matvec(self, v: Tree) -> Tree:
+        """The product `A v`, a tree like the codomain."""
+        return self.codomain.unravel(self.bind(*self.parameters).matvec(_vector(v, self.domain, "v")))
+
+    def rmatvec(self, u: Tree) -> Tree:
+        """The product `A^T u`, a tree like the domain."""
+        return self.domain.unravel(self.bind(*self.parameters).rmatvec(_vector(u, self.codomain, "u")))
+
+    def transpose(self) -> "LinearOperator":
+        """The operator `A^T`."""
+
+        def bind(*parameters):
+            bound = self.bind(*parameters)
+            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT)
+
+        tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
+        return dataclasses.replace(self, bind=bind, domain=self.codomain, codomain=self.domain, tags=tags)
+
+    def materialize(self) -> Tensor:
+        """The dense matrix of shape `(m, n)`, on flat vectors."""
+        return self.bind(*self.parameters).dense()
+
+    def shifted(self, damping: float | Tensor) -> "LinearOperator":
+        r"""The operator :math:`A + \lambda I`, differentiable in a tensor :math:`\lambda`."""
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"only a square operator can be shifted; got shape {self.shape}")
+        shift = torch.as_tensor(damping, dtype=self.domain.dtype, device=self.domain.device)
+
+        def bind(*parameters):
+            *inner, shift = parameters
+            bound = self.bind(*inner)
+            size, dtype, device = self.domain.size, self.domain.dtype, self.domain.device
+            return Bound(
+                lambda v: bound.matvec(v) + shift * v,
+                lambda u: bound.rmatvec(u) + shift * u,
+                lambda: bound.dense() + shift * torch.eye(size, dtype=dtype, device=device),
+            )
+
+        return dataclasses.replace(self, bind=bind, parameters=(*self.parameters, shift))
+
+
+def matrix_operator(
+    A: Tensor, *, tags: Iterable[Tag] = (), domain: Tree = None, codomain: Tree = None
+) -> LinearOperator:
+    """The operator of a dense matrix.
+
+    Args:
+        A: floating-point tensor of shape `(m, n)`.
+        tags: what is known of its structure; believed, not checked.
+        domain: an example of the tree it takes, of n elements in all; a vector by default.
+        codomain: an example of the tree it returns, of m elements in all; a vector by default.
+
+    Returns:
+        The operator, differentiable in `A`.
+
+    Raises:
+        TypeError: if `A` is not a floating-point tensor.
+        ValueError: if a shape or a tag is wrong.
+
+    Example:
+        >>> matrix_operator(torch.eye(3)).shape
+        (3, 3)
+    """
+    if not isinstance(A, Tensor) or not (A.is_floating_point() or A.is_complex()):
+        raise TypeError(f"A must be a floating-point tensor; got {getattr(A, 'dtype', type(A).__name__)}")
+    if A.dim() != 2:
+        raise ValueError(f"A must have shape (m, n); got {tuple(A.shape)}. Map over batches with vmap")
+    spaces = [
+        Space.like(A.new_empty(n) if example is None else example)
+        for n, example in zip(A.shape, (codomain, domain), strict=True)
+    ]
+    for n, space, name in zip(A.shape, spaces, ("codomain", "domain"), strict=True):
+        if space.size != n:
+            raise ValueError(f"a matrix of shape {tuple(A.shape)} needs a {name} of {n} elements; got {space.size}")
+    tags = _checked_tags(tags, A.shape[0], A.shape[1])
+    return LinearOperator(_bind_matrix, (A,), spaces[1], spaces[0], tags)
+
+
+def _bind_matrix(A: Tensor) -> Bound:
+    return Bound(lambda v: A @ v, lambda u: A.mT @ u, lambda: A)
+
+
+def function_operator(
+    fn: Callable[[Any, Tree], Tree], parameters: Tree, example: Tree, *, tags: Iterable[Tag] = ()
+) -> LinearOperator:
+    r"""The operator of a function that is linear in its second argument.
+
+    .. math:: v \mapsto f(\theta, v)
+
+    The transpose is taken by automatic differentiation.
+
+    Args:
+        fn: `(parameters, v) -> A v`, linear in `v` (believed, not checked).
+        parameters: a tree of tensors to differentiate in; what else `fn` captures is found and added.
+        example: a tree like `v`; its values do not matter.
+        tags: what is known of its structure.
+
+    Returns:
+        The operator.
+
+    Raises:
+        TypeError: if `example` or the output mixes dtypes or devices, or is not floating-point.
+        ValueError: if a tag is wrong.
+
+    Example:
+        >>> A = function_operator(lambda d, v: d * v, torch.tensor([1.0, 2.0]), torch.ones(2), tags=["diagonal"])
+        >>> A.matvec(torch.tensor([3.0, 4.0]))
+        tensor([3., 8.])
+    """
+    rebuild, captured = hoist(fn)
+    leaves, spec = optree.tree_flatten(parameters)
+    domain = Space.like(example)
+    with torch.no_grad():
+        codomain = Space.like(fn(parameters, tree.zeros_like(example)))
+
+    def bind(*flat):
+        given, found = spec.unflatten(flat[: len(leaves)]), flat[len(leaves) :]
+        closed = rebuild(*found)
+
+        def product(v):
+            return tree.ravel(closed(given, domain.unravel(v)))[0]
+
+        zeros = torch.zeros(domain.size, dtype=domain.dtype, device=domain.device)
+        return _bound(product, lambda u: vjp(product, zeros)[1](u)[0], codomain)
+
+    return LinearOperator(bind, (*leaves, *captured), domain, codomain, _checked_tags(tags, codomain.size, domain.size))
+
+
+def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Iterable[Tag] = ()) -> LinearOperator:
+    r"""The Jacobian of a function at a point.
+
+    .. math:: v \mapsto \partial_x f(x, \theta)\, v
+
+    Args:
+        fn: `(x, *args) -> tree`.
+        x: a tree of floating-point tensors, the point.
+        args: trees; their tensors, and what `fn` captures, are parameters like `x`.
+        tags: what is known of its structure.
+
+    Returns:
+        The operator, which evaluates `fn` once per binding and not once per product.
+
+    Example:
+        >>> J = jacobian_operator(lambda x: x**2, torch.tensor([1.0, 2.0]))
+        >>> J.materialize()
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    rebuild, captured = hoist(fn)
+    vector, unravel = tree.ravel(x)
+    leaves, fill = tree.partition(args)
+    domain = Space.like(x)
+    with torch.no_grad():
+        codomain = Space.like(fn(x, *args))
+
+    def flat_fn(vector, *flat):
+        args, found = fill(flat[: len(leaves)]), flat[len(leaves) :]
+        return tree.ravel(rebuild(*found)(unravel(vector), *args))[0]
+
+    tags = _checked_tags(tags, codomain.size, domain.size)
+    return flat_jacobian(flat_fn, (vector, *leaves, *captured), domain, codomain, tags)
+
+
+def flat_jacobian(
+    fn: Callable[..., Tensor],
+    parameters: tuple[Tensor, ...],
+    domain: Space,
+    codomain: Space,
+    tags: frozenset[Tag] = frozenset(),
+) -> LinearOperator:
+    """The Jacobian of a closed function of flat tensors in the first of its parameters, a vector."""
+
+    def bind(*flat):
+        _, pull, push = linearize(lambda v: fn(v, *flat[1:]), flat[0])
+        return _bound(lambda v: push(v)[0], lambda u: pull(u)[0], codomain)
+
+    return LinearOperator(bind, parameters, domain, codomain, tags)
+
+
+def hessian_operator(loss: Callable[..., Tensor], x: Tree, *args: Tree, tags: Iterable[Tag] = ()) -> LinearOperator:
+    r"""The Hessian of a scalar function at a point, by Hessian-vector products.
+
+    .. math:: v \mapsto \nabla^2_x \ell(x, \theta)\, v
+
+    Args:
+        loss: `(x, *args) -> scalar tensor`.
+        x: a tree of floating-point tensors, the point.
+        args: trees; their tensors, and what `loss` captures, are parameters like `x`.
+        tags: further structure, such as "positive_definite"; "symmetric" is known.
+
+    Returns:
+        The operator.
+
+    Example:
+        >>> H = hessian_operator(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+        >>> H.matvec(torch.ones(2))
+        tensor([ 6., 12.])
+
+    References:
+        Pearlmutter (1994), Fast exact multiplication by the Hessian, eq. 1.
+    """
+    operator = jacobian_operator(grad_of(loss), x, *args, tags=(*tags, "symmetric"))
+
+    def bind(*flat):
+        bound = operator.bind(*flat)
+        return bound._replace(matvec=bound.rmatvec)  # one pullback is cheaper than a pushforward
+
+    return dataclasses.replace(operator, bind=bind)
+
+
+def gauss_newton_operator(
+    model: Callable[..., Tree], loss: Callable[[Tree], Tensor], x: Tree, *args: Tree, tags: Iterable[Tag] = ()
+) -> LinearOperator:
+    r"""The generalized Gauss-Newton matrix of a loss of a model's output.
+
+    .. math:: v \mapsto J^\top \nabla^2 \ell(f(x))\, J v, \qquad J = \partial_x f(x)
+
+    Positive semi-definite for a convex loss; damp it before solving.
+
+    Args:
+        model: `(x, *args) -> outputs`, a tree.
+        loss: `outputs -> scalar tensor`.
+        x: a tree of floating-point tensors, the point.
+        args: trees; their tensors, and what the functions capture, are parameters like `x`.
+        tags: further structure; "symmetric" is known.
+
+    Returns:
+        The operator.
+
+    Example:
+        >>> G = gauss_newton_operator(lambda x: x**2, lambda y: (y**2).sum() / 2, torch.tensor([1.0, 2.0]))
+        >>> G.matvec(torch.ones(2))
+        tensor([ 4., 16.])
+
+    References:
+        Schraudolph (2002), Fast curvature matrix-vector products, section 3.
+    """
+    rebuild, captured = hoist(model, loss)
+    x_vector, unravel = tree.ravel(x)
+    leaves, spec = optree.tree_flatten(args)
+    domain = Space.like(x)
+    with torch.no_grad():
+        codomain = Space.like(model(x, *args))
+
+    def bind(*flat):
+        closed_model, closed_loss = rebuild(*flat[1 + len(leaves) :])
+        args = spec.unflatten(flat[1 : 1 + len(leaves)])
+        out, pull, push = linearize(lambda v: tree.ravel(closed_model(unravel(v), *args))[0], flat[0])
+        _, curve, _ = linearize(grad_of(lambda y: closed_loss(codomain.unravel(y))), out)
+
+        def product(v):
+            return pull(curve(push(v)[0])[0])[0]
+
+        return _bound(product, product, domain)
+
+    return LinearOperator(
+        bind,
+        (x_vector, *leaves, *captured),
+        domain,
+        domain,
+        _checked_tags((*tags, "symmetric"), domain.size, domain.size),
+    )
+
+
+def _bound(matvec: Product, rmatvec: Product, codomain: Space) -> Bound:
+    def dense():
+        if codomain.size == 0:
+            raise ValueError("an operator on zero elements has no matrix")
+        rows = torch.eye(codomain.size, dtype=codomain.dtype, device=codomain.device)
+        if codomain.size <= _FEW and not transforms_active():
+            return torch.stack([rmatvec(row) for row in rows])
+        return torch.func.vmap(rmatvec)(rows)
+
+    return Bound(matvec, rmatvec, dense)
+
+
+def _vector(value: Tree, space: Space, name: str) -> Tensor:
+    vector, _ = tree.ravel(value)
+    if vector.numel() != space.size or vector.dtype != space.dtype:
+        raise ValueError(
+            f"{name} must have {space.size} elements of {space.dtype}; got {vector.numel()} of {vector.dtype}"
+        )
+    return vector
+
+
+def _checked_tags(tags: Iterable[Tag], m: int, n: int) -> frozenset[Tag]:
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be a collection of strings; got {tags!r}, write tags=[{tags!r}]")
+    found = frozenset(tags)
+    unknown = found - set(get_args(Tag))
+    if unknown:
+        raise ValueError(f"unknown tags {sorted(unknown)}; the tags are {', '.join(get_args(Tag))}")
+    if found and m != n:
+        raise ValueError(f"tags describe square operators; got {sorted(found)} for shape {(m, n)}")
+    return found
