@@ -1,0 +1,210 @@
+"""What every optimizer promises, whatever its rule: gradients, transforms, dtypes, purity, resuming."""
+
+import io
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacrev, vmap
+
+from diffopt import autodiff, tree
+from diffopt.optimizers import adam, adamw, sgd
+from diffopt.transforms import step
+from optimizers.problems import loss, start
+
+MASK = {"w": True, "b": (False, True)}
+OPTIMIZERS = {
+    "sgd": (sgd, {"learning_rate": 0.05}),
+    "momentum": (sgd, {"learning_rate": 0.05, "momentum": 0.8}),
+    "nesterov": (
+        lambda learning_rate, momentum: sgd(learning_rate, momentum, True),
+        {"learning_rate": 0.05, "momentum": 0.8},
+    ),
+    "adam": (adam, {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02}),
+    "nadam": (
+        lambda **options: adam(**options, nesterov=True),
+        {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02},
+    ),
+    "adamw": (
+        lambda **options: adamw(**options, mask=MASK),
+        {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02, "weight_decay": 0.1},
+    ),
+    "schedule": (
+        lambda learning_rate, rate: sgd(lambda count: learning_rate * rate**count),
+        {"learning_rate": 0.05, "rate": 0.7},
+    ),
+}
+CASES = [(name, key) for name, (_, values) in OPTIMIZERS.items() for key in values]
+
+
+def tensors(name, dtype=torch.float64):
+    return {key: torch.tensor(value, dtype=dtype) for key, value in OPTIMIZERS[name][1].items()}
+
+
+def unroll(optimizer, params, steps=3, fn=loss):
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(optimizer, grad(fn)(params), state, params)
+    return params, state
+
+
+def meta_loss(name, values, params):
+    """The loss after three steps, as a function of hyperparameters and start."""
+    return loss(unroll(OPTIMIZERS[name][0](**values), params)[0])
+
+
+def assert_trees_close(got, want, **tolerances):
+    tree.check_same_structure(got, want)
+    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
+        torch.testing.assert_close(a, b, **tolerances)
+
+
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_hypergradient_against_finite_differences(name, key):
+    values, params, h = tensors(name), start(), 1e-5
+
+    def at(value):
+        return meta_loss(name, values | {key: value}, params)
+
+    slope = grad(at)(values[key])
+    # Central differences err by h^2 and by rounding / h: both are below 1e-9 of the loss.
+    want = (at(values[key] + h) - at(values[key] - h)) / (2 * h)
+    assert want.abs() > 1e-6
+    torch.testing.assert_close(slope, want, rtol=1e-6, atol=1e-8)
+
+
+# torch warns of its own jit.script when it first takes a forward-mode derivative of some operations.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradient_in_the_start_and_second_order(name):
+    values, params = tensors(name), start()
+    direction = tree.map(torch.cos, params)
+    t, h = torch.tensor(0.0, dtype=torch.float64), 1e-5
+
+    def at(t):
+        return meta_loss(name, values, tree.axpy(t, direction, params))
+
+    torch.testing.assert_close(grad(at)(t), (at(t + h) - at(t - h)) / (2 * h), rtol=1e-6, atol=1e-8)
+    curvature = hessian(lambda lr: meta_loss(name, values | {"learning_rate": lr}, params))
+    slope = grad(lambda lr: meta_loss(name, values | {"learning_rate": lr}, params))
+    lr = values["learning_rate"]
+    torch.testing.assert_close(curvature(lr), (slope(lr + h) - slope(lr - h)) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_vmap_over_a_hyperparameter_is_the_loop(name, key):
+    values, params = tensors(name), start()
+    lanes = values[key] * torch.tensor([0.5, 0.8, 1.1], dtype=torch.float64)
+
+    def gradient(value):
+        return grad(lambda v: meta_loss(name, values | {key: v}, params))(value)
+
+    assert_trees_close(vmap(gradient)(lanes), torch.stack([gradient(lane) for lane in lanes]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shared_state_and_batched_gradients(name):
+    make, values = OPTIMIZERS[name]
+    optimizer, params = make(**values), start()
+    state = optimizer.init(params)
+    batch = tree.map(lambda p: torch.stack([p, 2 * p, -3 * p]), params)
+    updates, states = vmap(lambda g: optimizer.update(g, state, params))(batch)
+    for i in range(3):
+        want = optimizer.update(tree.map(lambda b, i=i: b[i], batch), state, params)
+        assert_trees_close(tree.map(lambda u, i=i: u[i], (updates, states)), want)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_jacobian_of_the_end_in_the_start_composes_with_vmap(name):
+    optimizer = OPTIMIZERS[name][0](**OPTIMIZERS[name][1])
+    x = torch.tensor([[0.5, -1.0], [2.0, 0.3]], dtype=torch.float64)
+
+    def end(x):
+        return unroll(optimizer, {"w": x, "b": (x, x[0])})[0]["w"]
+
+    assert_trees_close(vmap(jacrev(end))(x), torch.stack([jacrev(end)(row) for row in x]))
+
+
+@pytest.mark.parametrize("name", ["nesterov", "nadam", "adamw", "schedule"])
+def test_compiled_meta_gradient_of_an_unroll(name):
+    values, params = tensors(name, torch.float32), start(torch.float32)
+    meta_gradient = grad(lambda v, p: meta_loss(name, v, p), argnums=(0, 1))
+    compiled = autodiff.compile(meta_gradient, backend="aot_eager")
+    assert_trees_close(compiled(values, params), meta_gradient(values, params))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_are_kept_whatever_the_hyperparameters(name, dtype):
+    make, values = OPTIMIZERS[name]
+    params = start(dtype)
+    for hyperparameters in (values, tensors(name)):
+        new, state = unroll(make(**hyperparameters), params)
+        tree.check_like(new, params)
+        tree.check_like(state, make(**hyperparameters).init(params))
+    exact, _ = unroll(make(**values), tree.map(torch.Tensor.double, params))
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    assert_trees_close(tree.map(torch.Tensor.double, new), exact, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_hold_only_tensors_and_resume_exactly(name):
+    optimizer = OPTIMIZERS[name][0](**OPTIMIZERS[name][1])
+    half = unroll(optimizer, start())
+    assert all(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(half[1]))
+    file = io.BytesIO()
+    torch.save(half, file)
+    file.seek(0)
+    resumed = torch.load(file, weights_only=False)
+    results = []
+    for params, state in (half, resumed):
+        params, state = step(optimizer, grad(loss)(params), state, params)
+        results.append((params, state))
+    assert_trees_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_mutated(name):
+    optimizer = OPTIMIZERS[name][0](**tensors(name))
+    params, state = unroll(optimizer, start())
+    grads = grad(loss)(params)
+    arguments = (grads, state, params)
+    before, versions = tree.map(torch.clone, arguments), [x._version for x in tree.leaves(arguments)]
+    optimizer.update(*arguments)
+    step(optimizer, *arguments)
+    assert_trees_close(arguments, before, rtol=0, atol=0)
+    assert [x._version for x in tree.leaves(arguments)] == versions
+
+
+@pytest.mark.parametrize("name", ["momentum", "nadam", "adamw"])
+def test_odd_tensors(name):
+    make, values = OPTIMIZERS[name]
+    make = adamw if name == "adamw" else make
+    base = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    odd = [base.t(), base[::2, ::3], base[0].expand(3, 6), base[0, 0], base[:0]]
+    plain = [leaf.clone(memory_format=torch.contiguous_format) for leaf in odd]
+    results = []
+    for params in (odd, plain):
+        optimizer = make(**values)
+        results.append(step(optimizer, tree.map(torch.sin, params), optimizer.init(params), params))
+    assert_trees_close(*results)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("empty", [{}, (), [], {"w": None}])
+def test_empty_trees(name, empty):
+    make, values = OPTIMIZERS[name]
+    optimizer = adamw(**values) if name == "adamw" else make(**values)
+    new, _ = step(optimizer, empty, optimizer.init(empty), empty)
+    assert new == empty
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
+def test_gradients_of_another_tree_raise(name):
+    optimizer, params = OPTIMIZERS[name][0](**OPTIMIZERS[name][1]), start()
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="structure"):
+        step(optimizer, {"w": params["w"]}, state, params)
+    with pytest.raises(ValueError, match="structure"):
+        step(optimizer, {**params, "w": None}, state, params)
+    with pytest.raises(ValueError, match=r"\['w'\]` must have shape"):
+        step(optimizer, {**params, "w": params["w"][:1]}, state, params)
