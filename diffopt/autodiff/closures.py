@@ -81,7 +81,7 @@ def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str)
         if isinstance(leaf, Tensor) and is_live(leaf):
             raise ValueError(
                 f"{name} uses a tensor that carries gradient, a tangent or a batch dimension, but is hidden where it "
-                f"cannot be found (an object with __slots__, a C extension, a long container, a recursive function). "
+                f"cannot be found (an object with __slots__, a pullback, a long container, a recursive function). "
                 f"Its gradient would be lost: pass it as an argument of the solver instead"
             )
     return leaves
@@ -183,6 +183,8 @@ class _Plan:
             build = self.visit(eager)
             return build and (lambda new: new.get(eager, build))
         cells = [_contents(cell) for cell in fn.__closure__ or ()]
+        if _is_library(fn) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(cells)):
+            return None  # a pullback: its tensors are tied to a graph that stand-ins would not be part of
         names = _global_names(fn.__code__) if not _is_library(fn) else ()
         names = [n for n in names if n in fn.__globals__ and fn.__globals__[n] is not fn]
         parts = (cells, fn.__defaults__ or (), fn.__kwdefaults__ or {}, [fn.__globals__[n] for n in names])

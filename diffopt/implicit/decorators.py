@@ -180,7 +180,8 @@ class _Call:
         self.options, self.name, self.shared = options, name, shared
         self.init, args, kwargs = arguments
         starts, self.merge_init = tree.partition(self.init)
-        tensors, self.merge = tree.partition((args, kwargs))
+        self.keys = tuple(kwargs)
+        tensors, self.merge = tree.partition((args, tuple(kwargs.values())))
         self.ends = len(starts), len(starts) + len(tensors)
         self.inputs = (*(s.detach() for s in starts), *tensors, *captured)
         self.space: Space | None = None
@@ -205,9 +206,11 @@ class _Call:
         return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in self.inputs))
 
     def split(self, inputs):
-        """`((equation, solver, linear solver), init, args, kwargs)` made of flat inputs."""
+        """`(equation, solver, linear solver), init, args, kwargs`, made of flat inputs."""
         first, last = self.ends
-        return self.rebuild(*inputs[last:]), self.merge_init(inputs[:first]), *self.merge(inputs[first:last])
+        args, values = self.merge(inputs[first:last])
+        kwargs = dict(zip(self.keys, values, strict=True))
+        return self.rebuild(*inputs[last:]), self.merge_init(inputs[:first]), args, kwargs
 
     def primal(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         (_, solver, _), init, args, kwargs = self.split([x.detach() for x in inputs])
