@@ -222,8 +222,7 @@ def _flatten_pair(
         if a.shape != b.shape:
             path = paths(x)[i]
             raise ValueError(
-                f"`{names[1]}{path}` must have shape {tuple(a.shape)}, as `{names[0]}{path}` has; got "
-                f"{tuple(b.shape)}."
+                f"`{names[1]}{path}` must have shape {tuple(a.shape)}, as `{names[0]}{path}` has; got {tuple(b.shape)}."
             )
     return xs, ys, treespec
 

@@ -55,9 +55,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
 
 def _pieces(vector: Tensor, sizes: list[int], shapes: list[Shape]) -> list[Tensor]:
     parts = [vector] if len(sizes) == 1 else vector.split(sizes)
-    return [
-        part if len(shape) == 1 else part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
-    ]
+    return [part if len(shape) == 1 else part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _check_one_kind(tree: Tree, leaves: list[Tensor]) -> None:

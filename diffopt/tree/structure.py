@@ -147,9 +147,7 @@ def check_tensors(tree: Tree, *, name: str = "tree") -> None:
             raise TypeError(_not_a_tensor(name + paths(tree)[i], leaf))
 
 
-def check_same_structure(
-    tree: Tree, reference: Tree, *, name: str = "tree", reference_name: str = "reference"
-) -> None:
+def check_same_structure(tree: Tree, reference: Tree, *, name: str = "tree", reference_name: str = "reference") -> None:
     """Check that two trees have the same structure, whatever their leaves.
 
     Args:
@@ -172,9 +170,7 @@ def check_same_structure(
     if spec == expected:
         return
     path, difference = _first_difference(spec, expected) or ("", f"expected {expected}, got {spec}")
-    raise ValueError(
-        f"`{name}` must have the structure of `{reference_name}`. At `{name}{path}`: {difference}."
-    )
+    raise ValueError(f"`{name}` must have the structure of `{reference_name}`. At `{name}{path}`: {difference}.")
 
 
 def check_like(tree: Tree, reference: Tree, *, name: str = "tree", reference_name: str = "reference") -> None:
@@ -239,9 +235,7 @@ def _first_difference(spec: optree.PyTreeSpec, expected: optree.PyTreeSpec) -> t
         return "", f"expected {_describe(expected)}, got {_describe(spec)}"
     keys, expected_keys = spec.entries(), expected.entries()
     if keys != expected_keys:
-        return "", _describe_keys(
-            keys, expected_keys
-        ) or f"expected {_describe(expected)}, got {_describe(spec)}"
+        return "", _describe_keys(keys, expected_keys) or f"expected {_describe(expected)}, got {_describe(spec)}"
     steps = [accessor.codify("") for accessor in expected.one_level().accessors()]  # type: ignore[union-attr]
     for step, child, expected_child in zip(steps, spec.children(), expected.children(), strict=True):
         deeper = _first_difference(child, expected_child)

@@ -140,9 +140,7 @@ def test_bad_inputs():
         tree.scale(x, 1j)
     with pytest.raises(TypeError, match=r"scalar of torch.complex128"):
         tree.scale(x, torch.tensor(1j, dtype=torch.complex128))
-    with pytest.raises(
-        ValueError, match=r"`mask` of shape \(2, 2\) does not expand to `a\['a'\]` of shape \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"`mask` of shape \(2, 2\) does not expand to `a\['a'\]` of shape \(2,\)"):
         tree.where(torch.ones(2, 2, dtype=torch.bool), x, x)
     assert tree.scale(torch.ones(2, dtype=torch.int64), 3).tolist() == [3, 3]
 
@@ -150,9 +148,7 @@ def test_bad_inputs():
 def test_compiles():
     def f(x, y, a):
         z = tree.axpy(a, x, tree.add(x, tree.scale(y, 2.0)))
-        return tree.norm(tree.where(a > 0, z, tree.zeros_like(z))) + tree.vdot(
-            x, tree.ravel(y)[1](tree.ravel(y)[0])
-        )
+        return tree.norm(tree.where(a > 0, z, tree.zeros_like(z))) + tree.vdot(x, tree.ravel(y)[1](tree.ravel(y)[0]))
 
     args = make(0), make(1), torch.tensor(0.5)
     torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(*args), f(*args))

@@ -87,9 +87,7 @@ def test_bad_trees():
         tree.ravel({"a": None, "b": ()})
     with pytest.raises(TypeError, match=r"`tree\['a'\]` must be a tensor, got float"):
         tree.ravel({"a": 1.0})
-    with pytest.raises(
-        TypeError, match=r"one dtype; `tree\[0\]` has torch.float32 and `tree\[2\]` has torch.float64"
-    ):
+    with pytest.raises(TypeError, match=r"one dtype; `tree\[0\]` has torch.float32 and `tree\[2\]` has torch.float64"):
         tree.ravel([torch.ones(1), torch.ones(1), torch.ones(1).double()])
     with pytest.raises(TypeError, match=r"one device; `tree\[0\]` has cpu and `tree\[1\]` has meta"):
         tree.ravel([torch.ones(1), torch.ones(1, device="meta")])

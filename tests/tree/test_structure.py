@@ -88,9 +88,7 @@ def test_structure_errors_name_the_path(value, reference, message):
 
 
 def test_map_names_the_tree_that_differs():
-    with pytest.raises(
-        ValueError, match=r"`rest\[1\]` must have the structure of `tree`. At `rest\[1\]\['a'\]`"
-    ):
+    with pytest.raises(ValueError, match=r"`rest\[1\]` must have the structure of `tree`. At `rest\[1\]\['a'\]`"):
         tree.map(lambda *xs: sum(xs), {"a": 1}, {"a": 1}, {"a": [1]})
 
 
