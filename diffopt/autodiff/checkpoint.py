@@ -124,9 +124,9 @@ def unroll(
         raise ValueError(f'checkpoint must be None, "sqrt", "log" or a positive int; got {checkpoint!r}')
     if truncate is not None and not (_is_int(truncate) and truncate >= 1):
         raise ValueError(f"truncate must be None or a positive int; got {truncate!r}")
-    compiling = torch.compiler.is_compiling()
-    rebuild, consts = (lambda: step, []) if compiling or checkpoint is None else hoist(step)
-    run = functools.partial(_run, rebuild, None if compiling else checkpoint)
+    strategy = None if torch.compiler.is_compiling() else checkpoint
+    rebuild, consts = (lambda: step, []) if strategy is None else hoist(step)
+    run = functools.partial(_run, rebuild, strategy)
 
     window = truncate or max(size, 1)
     ys, start = [], 0

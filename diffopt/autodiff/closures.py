@@ -46,6 +46,8 @@ def hoist(*fns: Callable[..., Any]) -> tuple[Callable[..., Any], list[Tensor]]:
         >>> captured[0] is w, rebuild(torch.tensor(3.0))(5.0)
         (True, tensor(15.))
     """
+    if torch.compiler.is_compiling():  # a traced function runs in plain operations and may capture what it likes
+        return lambda *_: fns[0] if len(fns) == 1 else fns, []
     plan = _Plan()
     builds = [plan.visit(fn) for fn in fns]
 

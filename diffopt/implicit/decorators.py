@@ -149,7 +149,9 @@ def _decorate(equation, options: _Options, name: str, solver):
 
 
 def _keywords(equation) -> frozenset[str] | None:
-    """The keyword arguments that an equation takes, or None if it takes any."""
+    """The keyword arguments that an equation takes, or None if it takes any (dynamo cannot ask)."""
+    if torch.compiler.is_compiling():
+        return None
     try:
         parameters = inspect.signature(equation).parameters.values()
     except (TypeError, ValueError):
@@ -175,8 +177,7 @@ class _Call:
     """One call of a decorated solver, on flat tensors: those of init, of the arguments, and captured ones."""
 
     def __init__(self, equation, solver, options: _Options, name: str, arguments: tuple, shared: tuple[str, ...]):
-        held = (equation, solver, options.solve)
-        self.rebuild, captured = (lambda: held, []) if torch.compiler.is_compiling() else hoist(*held)
+        self.rebuild, captured = hoist(equation, solver, options.solve)
         self.options, self.name, self.shared = options, name, shared
         self.init, args, kwargs = arguments
         starts, self.merge_init = tree.partition(self.init)
@@ -244,6 +245,8 @@ class _Call:
 
     def traceable(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Two Newton steps from the solution: plain operations whose derivatives up to the third are the root's."""
+        if self.options.batching == "sequential":
+            raise RuntimeError('a solver with batching="sequential" cannot be compiled: compile the code around it')
         x, *held = self.primal(*inputs)
         if x.numel() > _MOST_COMPILED or not isinstance(self.options.solve, Dense | None):
             raise RuntimeError(
