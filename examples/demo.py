@@ -82,7 +82,7 @@ def picture(cleaning: data_cleaning.Result, shots: few_shot.Result, path: Path) 
 
 def main() -> None:
     """Run both, print the table, save the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Run both examples on real digits.")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--picture", type=Path, default=Path("build/demo.png"), help="where to save the picture")
     options = parser.parse_args()

@@ -16,11 +16,12 @@ Run it: python examples/few_shot.py
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
+from digit_tasks import Tasks, batches, draw_tasks, split
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
@@ -31,20 +32,8 @@ from diffopt.optimizers import adam, sgd
 from diffopt.transforms import step
 from diffopt.typing import Tree
 
-INNER_STEPS, TASKS, POOL = 3, 16, 50
+INNER_STEPS, TASKS = 3, 16
 RATES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4)
-TURNS = [torch.rot90(torch.arange(64).reshape(8, 8), k) for k in range(4)]
-VIEWS = torch.stack([view.flatten() for turn in TURNS for view in (turn, turn.flip(0))])
-
-
-class Tasks(NamedTuple):
-    """A batch of tasks: images (tasks, 10 n, 64), the task's names and the true labels (tasks, 10 n)."""
-
-    support: Tensor
-    support_names: Tensor
-    query: Tensor
-    query_names: Tensor
-    query_labels: Tensor
 
 
 class Result(NamedTuple):
@@ -53,32 +42,6 @@ class Result(NamedTuple):
     maml: Tensor
     baseline: Tensor
     losses: Tensor
-
-
-def split(seed: int) -> tuple[Tensor, Tensor]:
-    """Training and test images by class, (10, n, 64); the two share none."""
-    images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    order = random.permutation(random.key(seed), len(images))
-    images, labels = images[order].float() / 16 - 0.3, labels[order]
-    by_class = torch.stack([images[labels == c][:174] for c in range(10)])
-    return by_class[:, :120], by_class[:, 120:]
-
-
-def draw_tasks(key: Tensor, images: Tensor, count: int, queries: int) -> Tasks:
-    """Draw tasks with one support image and some query images a class."""
-    where, naming, looks = random.split(key, 3)
-    n = images.shape[1]
-    first, *moves = (n * random.uniform(where, (1 + queries, count, 10))).long()
-    # A query is the support image moved on by 1 to n - 1 places, hence another one.
-    places = torch.stack([first, *((first + 1 + move % (n - 1)) % n for move in moves)], -1)
-    turn, sign = random.uniform(looks, (2, count))
-    pixels = VIEWS[(8 * turn).long()][:, None, None, :]
-    chosen = images[torch.arange(10)[:, None, None], places[..., None], pixels]
-    chosen = torch.where(sign < 0.5, -1.0, 1.0)[:, None, None, None] * chosen
-    names = random.uniform(naming, (count, 10)).argsort(-1)[:, :, None].expand(places.shape)
-    labels = torch.arange(10)[:, None].expand(places.shape)
-    parts = chosen[:, :, :1], names[:, :, :1], chosen[:, :, 1:], names[:, :, 1:], labels[:, :, 1:]
-    return Tasks(*(part.flatten(1, 2) for part in parts))
 
 
 def init_params(key: Tensor, width: int = 64) -> list[dict[str, Tensor]]:
@@ -135,17 +98,13 @@ def accuracy(params: Tree, rate: Tensor, tasks: Tasks, steps: int) -> Tensor:
 
 
 def optimize(
-    objective: Callable[[Tree, Tasks], Tensor], values: Tree, images: Tensor, keys: Tensor, bar: "tqdm[int]"
+    objective: Callable[[Tree, Tasks], Tensor], values: Tree, tasks: Iterator[Tasks], steps: int, bar: Callable
 ) -> tuple[Tree, Tensor]:
-    """Minimize an objective for all seeds at once, over the steps of the bar; also returns the losses."""
-    optimizer = adam(lambda count: 0.03 * (1 - count / bar.total), eps_root=1e-16)
+    """Minimize an objective of (values, tasks) for all seeds at once; also returns the losses, (seeds, steps)."""
+    optimizer = adam(lambda count: 0.03 * (1 - count / steps), eps_root=1e-16)
     state = optimizer.init(values)
-    draw = vmap(functools.partial(draw_tasks, count=TASKS * POOL, queries=5))
     losses = []
-    for i in bar:
-        if i % POOL == 0:
-            pool = draw(vmap(random.fold_in, (0, None))(keys, i), images)
-        batch = tree.map(lambda x, i=i % POOL: x[:, i * TASKS : (i + 1) * TASKS], pool)
+    for batch in bar(itertools.islice(tasks, steps), total=steps):
         grads, value = vmap(grad_and_value(objective))(values, batch)
         values, state = step(optimizer, grads, state, values)
         losses.append(value)
@@ -158,9 +117,9 @@ def run(seeds: Sequence[int] = (0, 1, 2), steps: int = 400, shown_steps: int = 6
     init_keys, train_keys, test_keys = torch.stack([random.split(random.key(s), 3) for s in seeds]).unbind(1)
     params = vmap(init_params)(init_keys)
     meta = {"params": params, "log_rate": torch.full((len(seeds),), -1.0)}
-    bar = functools.partial(tqdm, disable=quiet)
-    meta, losses = optimize(maml_loss, meta, train, train_keys, bar(range(steps), desc="few-shot: MAML"))
-    pretrained, _ = optimize(pretraining_loss, params, train, train_keys, bar(range(steps), desc="few-shot: rival"))
+    bars = [functools.partial(tqdm, disable=quiet, desc=f"few-shot: {name}") for name in ("MAML", "rival")]
+    meta, losses = optimize(maml_loss, meta, batches(train_keys, train, TASKS), steps, bars[0])
+    pretrained, _ = optimize(pretraining_loss, params, batches(train_keys, train, TASKS), steps, bars[1])
     pretrained = [*pretrained[:-1], tree.zeros_like(pretrained[-1])]
     tasks = vmap(functools.partial(draw_tasks, count=100, queries=10))(test_keys, test)
     evaluate = vmap(functools.partial(accuracy, steps=shown_steps))
