@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
@@ -29,6 +29,7 @@ TREES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_any_tree_takes_a_step_of_its_own_shape(params):
     optimizer = adamw(0.1, weight_decay=0.01)
