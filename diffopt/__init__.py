@@ -1,1 +1,47 @@
 """diffopt: differentiable optimization for PyTorch, as pure functions that compose with torch.func."""
+
+from diffopt import autodiff, implicit, linalg, optimizers, random, transforms, tree
+from diffopt.autodiff import (
+    checkpoint,
+    compile,
+    custom_derivative,
+    grad,
+    unroll,
+    value_and_grad,
+    while_loop,
+)
+from diffopt.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
+from diffopt.linalg import linear_solve
+from diffopt.optimizers import adam, adamw, sgd
+from diffopt.transforms import GradientTransformation, apply_updates, chain, step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientTransformation",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "autodiff",
+    "chain",
+    "checkpoint",
+    "compile",
+    "custom_derivative",
+    "custom_fixed_point",
+    "custom_root",
+    "grad",
+    "implicit",
+    "linalg",
+    "linear_solve",
+    "optimizers",
+    "random",
+    "root_jvp",
+    "root_vjp",
+    "sgd",
+    "step",
+    "transforms",
+    "tree",
+    "unroll",
+    "value_and_grad",
+    "while_loop",
+]

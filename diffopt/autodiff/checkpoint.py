@@ -48,7 +48,7 @@ def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
-        rebuild, captured = hoist(fn)
+        rebuild, captured, _ = hoist(fn)
         return _recomputed(lambda found, args, kwargs: rebuild(*found)(*args, **kwargs), captured, args, kwargs)
 
     return wrapped
@@ -125,7 +125,7 @@ def unroll(
     if truncate is not None and not (_is_int(truncate) and truncate >= 1):
         raise ValueError(f"truncate must be None or a positive int; got {truncate!r}")
     strategy = None if torch.compiler.is_compiling() else checkpoint
-    rebuild, consts = (lambda: step, []) if strategy is None else hoist(step)
+    rebuild, consts, _ = hoist(step)
     run = functools.partial(_run, rebuild, strategy)
 
     window = truncate or max(size, 1)

@@ -7,10 +7,12 @@ output is tracked all the same.
 """
 
 import copy
+import dis
 import functools
+import pathlib
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -24,10 +26,20 @@ Build: TypeAlias = Callable[["_Rebuild"], Any]
 
 _MOST_ITEMS = 256  # longer containers are data, not structure; what they hide, check_closed finds
 _MOST_VISITS = 10_000
-_LIBRARIES = ("torch", "diffopt", "optree", "numpy", "scipy", "builtins", "functools")
+_LIBRARIES = tuple(
+    str(pathlib.Path(p).parent) for p in (torch.__file__, optree.__file__, pathlib.Path(__file__).parent)
+)
 
 
-def hoist(*fns: Callable[..., Any]) -> tuple[Callable[..., Any], list[Tensor]]:
+class Hoisted(NamedTuple):
+    """What `hoist` found: `rebuild(*values)`, the captured tensors, and whether nothing can have escaped it."""
+
+    rebuild: Callable[..., Any]
+    captured: list[Tensor]
+    complete: bool
+
+
+def hoist(*fns: Any) -> Hoisted:
     """Find the tracked tensors that functions captured, and rebuild the functions with others in their places.
 
     A tensor is tracked if it requires gradient, carries a tangent, or is wrapped by a live `torch.func` transform.
@@ -37,26 +49,30 @@ def hoist(*fns: Callable[..., Any]) -> tuple[Callable[..., Any], list[Tensor]]:
         fns: functions, partials, bound methods, modules or callable objects; they are not changed.
 
     Returns:
-        `(rebuild, captured)`: the tracked tensors in order, each once, and `rebuild(*values)`, which returns the
-        function (or the tuple of functions, if several were given) with `values` in their places.
+        `(rebuild, captured, complete)`: `rebuild(*values)` returns the function (or the tuple of functions, if several
+        were given) with `values` in the places of the tracked tensors, each once and in order; `complete` tells that
+        everything was seen and nothing is tracked, so that `check_closed` is not needed.
 
     Example:
         >>> w = torch.tensor(2.0, requires_grad=True)
-        >>> rebuild, captured = hoist((lambda w: lambda x: w * x)(w))
+        >>> rebuild, captured, _ = hoist((lambda w: lambda x: w * x)(w))
         >>> captured[0] is w, rebuild(torch.tensor(3.0))(5.0)
         (True, tensor(15.))
     """
-    if torch.compiler.is_compiling():  # a traced function runs in plain operations and may capture what it likes
-        return lambda *_: fns[0] if len(fns) == 1 else fns, []
+    if torch.compiler.is_compiling():  # a traced function may capture what it likes
+        return Hoisted(lambda *_: fns[0] if len(fns) == 1 else fns, [], True)
+    tracked, complete = _scan(fns)
+    if not tracked:
+        return Hoisted(lambda *_: fns[0] if len(fns) == 1 else fns, [], complete)
     plan = _Plan()
     builds = [plan.visit(fn) for fn in fns]
 
     def rebuild(*values: Tensor) -> Any:
         made = _Rebuild(values)
-        new = tuple(fn if build is None else made.get(fn, build) for fn, build in zip(fns, builds, strict=True))
+        new = tuple(made.get(fn, build) for fn, build in zip(fns, builds, strict=True))
         return new[0] if len(fns) == 1 else new
 
-    return rebuild, plan.captured
+    return Hoisted(rebuild, plan.captured, False)
 
 
 def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str) -> list[Any]:
@@ -89,6 +105,150 @@ def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str)
     return leaves
 
 
+class _Kind(NamedTuple):
+    """How to take objects of a kind apart, and how to make one with other parts."""
+
+    parts: Callable[[Any], list[Any]]
+    make: Callable[[Any, list[Any]], Any]
+
+
+def _function_parts(fn: types.FunctionType) -> list[Any]:
+    eager = fn.__dict__.get("_torchdynamo_orig_callable")  # a compiled body cannot be rebuilt: take its source
+    if eager is not None:
+        return [eager]
+    cells = [_contents(cell) for cell in fn.__closure__ or ()]
+    if _in_library(fn.__code__.co_filename):
+        # a pullback's tensors are tied to a graph that stand-ins would not be part of
+        return _HIDDEN if any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(cells)) else cells
+    scope = fn.__globals__
+    cells += [scope[n] for n in _global_names(fn.__code__) if n in scope]
+    return [*cells, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+
+
+def _make_function(fn: types.FunctionType, parts: list[Any]) -> Callable[..., Any]:
+    if "_torchdynamo_orig_callable" in fn.__dict__:
+        return parts[0]
+    given = iter(parts)
+    closure = tuple(
+        cell if _contents(cell) is (value := next(given)) else types.CellType(value) for cell in fn.__closure__ or ()
+    )
+    scope = fn.__globals__
+    if not _in_library(fn.__code__.co_filename):
+        names = [n for n in _global_names(fn.__code__) if n in scope]
+        scope = {**scope, **{n: next(given) for n in names}} if names else scope
+    defaults = tuple(next(given) for _ in fn.__defaults__ or ()) or None
+    made = types.FunctionType(fn.__code__, scope, fn.__name__, defaults, closure or None)
+    made.__kwdefaults__ = {n: next(given) for n in fn.__kwdefaults__ or ()} or None
+    return made
+
+
+def _object_parts(item: Any) -> list[Any]:
+    kind = type(item)
+    state = getattr(item, "__dict__", None)
+    slotted = any(getattr(k, "__slots__", ()) for k in kind.__mro__)
+    if not isinstance(state, dict) or slotted or kind.__new__ is not object.__new__ or len(state) > _MOST_ITEMS:
+        return _HIDDEN
+    return list(state.values())
+
+
+def _make_object(item: Any, parts: list[Any]) -> Any:
+    made = object.__new__(type(item))
+    made.__dict__.update(zip(item.__dict__, parts, strict=True))
+    return made
+
+
+def _module_parts(module: nn.Module) -> list[Any]:
+    parts = []
+    for name, value in module.__dict__.items():
+        parts += value.values() if name in _MODULE_DICTS else [value]
+    return parts
+
+
+def _make_module(module: nn.Module, parts: list[Any]) -> nn.Module:
+    given = iter(parts)
+    made = object.__new__(type(module))
+    for name, value in module.__dict__.items():
+        made.__dict__[name] = {n: next(given) for n in value} if name in _MODULE_DICTS else next(given)
+    return made
+
+
+def _make_container(item: Any, parts: list[Any]) -> Any:
+    kind = type(item)
+    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+
+
+def _make_mapping(item: dict, parts: list[Any]) -> dict:
+    made = copy.copy(item)
+    made.update(zip(item, parts, strict=True))
+    return made
+
+
+def _make_partial(item: functools.partial, parts: list[Any]) -> functools.partial:
+    return functools.partial(parts[0], *parts[1], **parts[2])
+
+
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
+_LEAVES = _PLAIN | {type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, torch.Generator}
+_HIDDEN: list[Any] = []  # the parts of what cannot be looked into
+_TRUSTED = ("torch", "math", "numpy", "scipy", "builtins", "diffopt", "optree", "functools", "operator")
+_MODULE_DICTS = ("_parameters", "_buffers", "_modules")
+_FUNCTION = _Kind(_function_parts, _make_function)
+_METHOD = _Kind(lambda m: [m.__self__], lambda m, parts: types.MethodType(m.__func__, parts[0]))
+_PARTIAL = _Kind(lambda p: [p.func, p.args, p.keywords], _make_partial)
+_CONTAINER = _Kind(lambda c: list(c) if len(c) <= _MOST_ITEMS else _HIDDEN, _make_container)
+_MAPPING = _Kind(lambda m: list(m.values()) if len(m) <= _MOST_ITEMS else _HIDDEN, _make_mapping)
+_MODULE = _Kind(_module_parts, _make_module)
+_OBJECT = _Kind(_object_parts, _make_object)
+_EXACT = {
+    types.FunctionType: _FUNCTION, types.MethodType: _METHOD, functools.partial: _PARTIAL,
+    tuple: _CONTAINER, list: _CONTAINER, set: _CONTAINER, frozenset: _CONTAINER, dict: _MAPPING,
+}  # fmt: skip
+_EMPTY = object()
+
+
+def _kind(item: Any) -> _Kind:
+    exact = _EXACT.get(type(item))
+    if exact is not None:
+        return exact
+    if isinstance(item, nn.Module):
+        return _MODULE
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return _CONTAINER
+    return _MAPPING if isinstance(item, dict) else _OBJECT
+
+
+def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether something tracked is reached, and whether everything was seen: cheaper than planning a rebuild."""
+    stack, seen, complete = list(roots), {}, True
+    while stack:
+        item = stack.pop()
+        kind = type(item)
+        if item is torch or kind in _PLAIN or id(item) in seen:
+            continue
+        if kind in _LEAVES:
+            complete = complete and _is_transparent(item)
+            continue
+        seen[id(item)] = item  # kept, so that no id is reused
+        if isinstance(item, Tensor):
+            if is_tracked(item):
+                return True, False
+            continue
+        parts = _kind(item).parts(item)
+        complete = complete and parts is not _HIDDEN
+        stack += parts
+        if len(seen) > _MOST_VISITS:
+            return False, False
+    return False, complete
+
+
+def _is_transparent(leaf: Any) -> bool:
+    """Whether a module, a class or a builtin cannot hold a tracked tensor of the user's."""
+    if isinstance(leaf, types.BuiltinFunctionType):
+        return not isinstance(leaf.__self__, Tensor)
+    name = leaf.__name__ if isinstance(leaf, types.ModuleType) else getattr(leaf, "__module__", "")
+    return name.partition(".")[0] in _TRUSTED
+
+
 class _Rebuild:
     """One rebuilding: the new values, and what has been rebuilt so far, so that shared objects stay shared."""
 
@@ -112,35 +272,15 @@ class _Plan:
         self.builds: dict[int, tuple[Any, Build | None]] = {}  # by id, with the object, so that no id is reused
 
     def visit(self, item: Any) -> Build | None:
-        if item is None or isinstance(item, _OPAQUE):
+        if type(item) in _LEAVES:
             return None
         if id(item) not in self.builds:
             if len(self.builds) >= _MOST_VISITS:
                 return None
-            self.builds[id(item)] = (
-                item,
-                None,
-            )  # a cycle keeps the original; check_closed sees what that hides
-            self.builds[id(item)] = (item, self._plan(item))
+            # a cycle keeps the original; check_closed sees what that hides
+            self.builds[id(item)] = item, None
+            self.builds[id(item)] = item, self._tensor(item) if isinstance(item, Tensor) else self._other(item)
         return self.builds[id(item)][1]
-
-    def _plan(self, item: Any) -> Build | None:
-        if isinstance(item, Tensor):
-            return self._tensor(item)
-        if isinstance(item, types.FunctionType):
-            return self._function(item)
-        if isinstance(item, types.MethodType):
-            owner = self.visit(item.__self__)
-            return owner and (lambda new: types.MethodType(item.__func__, new.get(item.__self__, owner)))
-        if isinstance(item, functools.partial):
-            parts = (item.func, item.args, item.keywords)
-            build = self._items(parts)
-            return build and (lambda new: _partial(*build(new)))
-        if isinstance(item, (list, tuple, set, frozenset)):
-            return self._container(item)
-        if isinstance(item, dict):
-            return self._mapping(item)
-        return self._object(item)
 
     def _tensor(self, tensor: Tensor) -> Build | None:
         if not is_tracked(tensor):
@@ -149,103 +289,13 @@ class _Plan:
         self.captured.append(tensor)
         return lambda new: new.values[place]
 
-    def _items(self, items: Sequence[Any]) -> Callable[["_Rebuild"], list[Any]] | None:
-        builds = [self.visit(item) for item in items]
+    def _other(self, item: Any) -> Build | None:
+        kind = _kind(item)
+        parts = kind.parts(item)
+        builds = [self.visit(part) for part in parts]
         if not any(builds):
             return None
-        return lambda new: [new.get(item, build) for item, build in zip(items, builds, strict=True)]
-
-    def _container(self, item: Any) -> Build | None:
-        if len(item) > _MOST_ITEMS:
-            return None
-        items = list(item)
-        build = self._items(items)
-        if build is None:
-            return None
-        kind = type(item)
-        return lambda new: kind(*build(new)) if hasattr(kind, "_fields") else kind(build(new))
-
-    def _mapping(self, item: dict) -> Build | None:
-        if len(item) > _MOST_ITEMS:
-            return None
-        build = self._items(list(item.values()))
-        if build is None:
-            return None
-
-        def rebuilt(new):
-            new_item = copy.copy(item)
-            new_item.update(zip(item, build(new), strict=True))
-            return new_item
-
-        return rebuilt
-
-    def _function(self, fn: types.FunctionType) -> Build | None:
-        eager = fn.__dict__.get("_torchdynamo_orig_callable")  # a compiled body cannot be rebuilt: take its source
-        if eager is not None:
-            build = self.visit(eager)
-            return build and (lambda new: new.get(eager, build))
-        cells = [_contents(cell) for cell in fn.__closure__ or ()]
-        if _is_library(fn) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(cells)):
-            return None  # a pullback: its tensors are tied to a graph that stand-ins would not be part of
-        names = _global_names(fn.__code__) if not _is_library(fn) else ()
-        names = [n for n in names if n in fn.__globals__ and fn.__globals__[n] is not fn]
-        parts = (cells, fn.__defaults__ or (), fn.__kwdefaults__ or {}, [fn.__globals__[n] for n in names])
-        builds = [self._items(list(p.values()) if isinstance(p, dict) else p) for p in parts]
-        if not any(builds):
-            return None
-
-        def rebuilt(new):
-            cell_values, defaults, kwdefaults, global_values = (b and b(new) for b in builds)
-            scope = {**fn.__globals__, **dict(zip(names, global_values, strict=True))} if global_values else None
-            closure = fn.__closure__ and tuple(
-                cell if cell_values is None or _contents(cell) is value else types.CellType(value)
-                for cell, value in zip(fn.__closure__, cell_values or cells, strict=True)
-            )
-            made = types.FunctionType(
-                fn.__code__, fn.__globals__ if scope is None else scope, fn.__name__,
-                tuple(defaults) if defaults else fn.__defaults__, closure,
-            )  # fmt: skip
-            made.__kwdefaults__ = (
-                dict(zip(fn.__kwdefaults__ or (), kwdefaults, strict=True)) if kwdefaults else fn.__kwdefaults__
-            )
-            return made
-
-        return rebuilt
-
-    def _object(self, item: Any) -> Build | None:
-        kind = type(item)
-        state = getattr(item, "__dict__", None)
-        slotted = any(getattr(k, "__slots__", ()) for k in kind.__mro__)
-        if not isinstance(state, dict) or slotted or kind.__new__ is not object.__new__:
-            return None
-        build = self._module(item) if isinstance(item, nn.Module) else self._mapping(state)
-        if build is None:
-            return None
-
-        def rebuilt(new):
-            made = object.__new__(kind)
-            made.__dict__.update(build(new))
-            return made
-
-        return rebuilt
-
-    def _module(self, module: nn.Module) -> Build | None:
-        # parameters, buffers and submodules are dicts in __dict__; long ones are structure here, not data
-        state = module.__dict__
-        builds = {n: self._long_mapping(v) if n in _MODULE_DICTS else self.visit(v) for n, v in state.items()}
-        if not any(builds.values()):
-            return None
-        return lambda new: {n: new.get(v, builds[n]) for n, v in state.items()}
-
-    def _long_mapping(self, item: dict) -> Build | None:
-        build = self._items(list(item.values()))
-        return build and (lambda new: dict(zip(item, build(new), strict=True)))
-
-
-_OPAQUE = (bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType, types.CodeType,
-           torch.dtype, torch.device, torch.Size, torch.Generator)  # fmt: skip
-_MODULE_DICTS = ("_parameters", "_buffers", "_modules")
-_EMPTY = object()
+        return lambda new: kind.make(item, [new.get(part, build) for part, build in zip(parts, builds, strict=True)])
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -255,16 +305,14 @@ def _contents(cell: types.CellType) -> Any:
         return _EMPTY
 
 
-def _partial(fn, args, keywords):
-    return functools.partial(fn, *args, **keywords)
-
-
-def _is_library(fn: types.FunctionType) -> bool:
-    return fn.__globals__.get("__name__", "").partition(".")[0] in _LIBRARIES
+@functools.lru_cache(maxsize=4096)
+def _in_library(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES)
 
 
 @functools.lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """The names that a function's code, and the functions defined in it, may look up in its globals."""
+    own = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     nested = (name for c in code.co_consts if isinstance(c, types.CodeType) for name in _global_names(c))
-    return tuple(dict.fromkeys((*code.co_names, *nested)))
+    return tuple(dict.fromkeys((*own, *nested)))

@@ -13,7 +13,9 @@ from torch import Tensor
 from diffopt.autodiff.gradients import jvp as jvp_of
 from diffopt.autodiff.gradients import vjp as vjp_of
 from diffopt.autodiff.levels import (
+    derivative_possible,
     enable_forward_ad,
+    functorch_active,
     is_tracked,
     level_primals,
     transforms_active,
@@ -86,9 +88,8 @@ def custom_derivative(
     def apply(*inputs: Tensor) -> Tensors:
         if torch.compiler.is_compiling():
             return _trace(traceable, inputs)
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if tracked or transforms_active():
-            return _CustomDerivative.apply(rules, *inputs)  # pyright: ignore[reportReturnType]
+        if derivative_possible(inputs):
+            return _CustomDerivative.apply(rules, *inputs)
         with torch.no_grad():
             return _evaluate(primal, inputs)
 
@@ -160,7 +161,8 @@ def _evaluate(primal, inputs):
     if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) for o in outputs):
         raise TypeError(f"primal must return a tuple of tensors; got {type(outputs).__name__}")
     # autograd gives an input returned as it is, or as a view, a history of its own
-    return tuple(o.clone() if o._base is not None or any(o is x for x in inputs) else o for o in outputs)
+    same = {id(x) for x in inputs}
+    return tuple([o.clone() if o._base is not None or id(o) in same else o for o in outputs])
 
 
 def _differentiable(tensor: Tensor) -> bool:
@@ -168,6 +170,13 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 class _CustomDerivative(torch.autograd.Function):
+    @classmethod
+    def apply(cls, rules: Rules, *inputs: Tensor) -> Tensors:
+        if functorch_active():
+            return super().apply(rules, *inputs)  # pyright: ignore[reportReturnType]
+        # torch's own apply binds a signature at every call, which costs more than the rest of it
+        return super(torch.autograd.Function, cls).apply(rules, *map(unwrap_if_dead, inputs))
+
     @staticmethod
     def forward(rules: Rules, *inputs: Tensor) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
         outputs = _evaluate(rules.primal, inputs)
@@ -182,10 +191,13 @@ class _CustomDerivative(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.rules, *tensors = inputs
         ctx.count = len(tensors)
-        ctx.mark_non_differentiable(*(o for o in output if not _differentiable(o)))
+        discrete = [o for o in output if not _differentiable(o)]
+        if discrete:
+            ctx.mark_non_differentiable(*discrete)
         # the output is saved as well, so that rules which use it are differentiated through it
         ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors, *output)
+        if transforms_active():
+            ctx.save_for_forward(*tensors, *output)
 
     @staticmethod
     def backward(ctx, *cotangents):

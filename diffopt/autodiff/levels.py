@@ -5,6 +5,7 @@ file. `tests/autodiff/test_levels.py` fails when the meaning of one of them chan
 """
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -23,9 +24,11 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled  # a Function's jvp 
 
 __all__ = [
     "any_lane",
+    "derivative_possible",
     "dual_only",
     "enable_forward_ad",
     "first_lane",
+    "functorch_active",
     "is_live",
     "is_tracked",
     "level_primals",
@@ -48,6 +51,16 @@ def transforms_active() -> bool:
         tensor([1., 1.])
     """
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def functorch_active() -> bool:
+    """Whether a `torch.func` transform is live around the caller."""
+    return peek_interpreter_stack() is not None
+
+
+def derivative_possible(tensors: Iterable[Tensor]) -> bool:
+    """Whether anything may later ask for a derivative, or a batch, of a function of these tensors."""
+    return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def dual_only() -> bool:

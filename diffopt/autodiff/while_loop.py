@@ -87,7 +87,7 @@ def _eager_loop(cond, step, values, max_steps, body):
 
 def _masked(body, live):
     """The body with its captured tensors cut off in lanes that never ran: nothing says it is finite there."""
-    rebuild, captured = hoist(body)
+    rebuild, captured, _ = hoist(body)
     return rebuild(*(torch.where(live, c, c.detach()) if is_tracked(c) else c for c in captured))
 
 

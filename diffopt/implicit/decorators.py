@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import check_closed, custom_derivative, hoist, transforms_active
+from diffopt.autodiff import check_closed, custom_derivative, hoist
+from diffopt.autodiff.levels import derivative_possible
 from diffopt.implicit.root import check_equation, root_rules
 from diffopt.linalg import Dense, LinearSolver
 from diffopt.linalg.operators import Space
@@ -21,6 +22,7 @@ from diffopt.typing import Tree
 __all__ = ["custom_fixed_point", "custom_root"]
 
 _MOST_COMPILED = 256
+_MOST_CHECKED = 1024
 
 
 class _Options(NamedTuple):
@@ -139,11 +141,12 @@ def _decorate(equation, options: _Options, name: str, solver):
     if not callable(solver):
         raise TypeError(f"the decorator takes a solver function; got {type(solver).__name__}")
     accepted = _keywords(equation)
+    checked: set = set()  # the shapes that the equation was checked with
 
     @functools.wraps(solver)
     def solution(init: Tree, *args: Any, **kwargs: Any) -> Any:
-        shared = _shared(kwargs, accepted, name)
-        return _Call(equation, solver, options, name, (init, args, kwargs), shared).run()
+        shared = _shared(kwargs, accepted, name) if kwargs else ()
+        return _Call(equation, solver, options, name, (init, args, kwargs), shared).run(checked)
 
     return solution
 
@@ -177,41 +180,40 @@ class _Call:
     """One call of a decorated solver, on flat tensors: those of init, of the arguments, and captured ones."""
 
     def __init__(self, equation, solver, options: _Options, name: str, arguments: tuple, shared: tuple[str, ...]):
-        self.rebuild, captured = hoist(equation, solver, options.solve)
+        self.rebuild, captured, self.complete = hoist(equation, solver, options.solve)
         self.options, self.name, self.shared = options, name, shared
         self.init, args, kwargs = arguments
-        starts, self.merge_init = tree.partition(self.init)
+        starts, self.merge_init = tree.partition((self.init,))
+        tensors, self.merge_args = tree.partition(args)
+        named, self.merge_named = tree.partition(tuple(kwargs.values())) if kwargs else ((), tuple)
         self.keys = tuple(kwargs)
-        tensors, self.merge = tree.partition((args, tuple(kwargs.values())))
-        self.ends = len(starts), len(starts) + len(tensors)
-        self.inputs = (*(s.detach() for s in starts), *tensors, *captured)
-        self.space: Space | None = None
-        self.aux: Callable[[list[Tensor]], Any] | None = None
+        first = len(starts)
+        second = first + len(tensors)
+        self.ends = first, second, second + len(named)
+        self.inputs = (*[s.detach() for s in starts], *tensors, *named, *captured)
+        self.unravel: Callable[[Tensor], Tree]
+        self.merge_aux: Callable[[list[Tensor]], Any] | None = None
 
-    def run(self):
-        checked = self._derivative_possible()
-        if checked and self.init is not None:
-            self.check(self.init)
+    def run(self, checked: set):
+        checking = not torch.compiler.is_compiling() and derivative_possible(self.inputs)
+        if checking and self.init is not None:
+            self.check(self.init, checked)
         solve = custom_derivative(
             self.primal, vjp=self.vjp, jvp=self.jvp, batching=self.options.batching, traceable=self.traceable
         )
         x, *held = solve(*self.inputs)
-        solution = self.space.unravel(x)
-        if checked and self.init is None:
-            self.check(solution)
-        return (solution, self.aux([t.detach() for t in held])) if self.options.has_aux else solution
-
-    def _derivative_possible(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in self.inputs))
+        solution = self.unravel(x)
+        if checking and self.init is None:
+            self.check(solution, checked)
+        return (solution, self.merge_aux([t.detach() for t in held])) if self.options.has_aux else solution
 
     def split(self, inputs):
         """`(equation, solver, linear solver), init, args, kwargs`, made of flat inputs."""
-        first, last = self.ends
-        args, values = self.merge(inputs[first:last])
-        kwargs = dict(zip(self.keys, values, strict=True))
-        return self.rebuild(*inputs[last:]), self.merge_init(inputs[:first]), args, kwargs
+        first, second, third = self.ends
+        (init,) = self.merge_init(inputs[:first])
+        args = self.merge_args(inputs[first:second])
+        kwargs = dict(zip(self.keys, self.merge_named(inputs[second:third]), strict=True))
+        return self.rebuild(*inputs[third:]), init, args, kwargs
 
     def primal(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         (_, solver, _), init, args, kwargs = self.split([x.detach() for x in inputs])
@@ -220,10 +222,11 @@ class _Call:
         x, aux = _with_aux(out) if self.options.has_aux else (out, None)
         if init is not None:
             tree.check_like(x, init, name="the solver's output", reference_name="init")
-        vector, unravel = tree.ravel(x)
-        self.space = Space.of(vector, unravel)
+        vector, self.unravel = tree.ravel(x)
+        if not self.options.has_aux:
+            return (vector.detach(),)
         held, merge_aux = tree.partition(aux)
-        self.aux = _same_statics(self.aux, merge_aux, len(held))
+        self.merge_aux = _same_statics(self.merge_aux, merge_aux, len(held))
         return tuple(t.detach() for t in (vector, *held))
 
     def equation(self, x: Tree, inputs) -> Tree:
@@ -231,17 +234,17 @@ class _Call:
         return equation(x, *args, **{key: kwargs[key] for key in self.shared})
 
     def flat_equation(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        return tree.ravel(self.equation(self.space.unravel(x), inputs))[0]
+        return tree.ravel(self.equation(self.unravel(x), inputs))[0]
 
-    def rules(self, inputs):
-        (_, _, solve), *_ = self.split(inputs)
-        return root_rules(self.flat_equation, self.space, solve, self.options.symmetric)
+    def rules(self, inputs, x: Tensor):
+        _, _, solve = self.rebuild(*inputs[self.ends[-1] :])
+        return root_rules(self.flat_equation, Space.of(x, self.unravel), solve, self.options.symmetric)
 
     def vjp(self, inputs, outputs, cotangents, wanted):
-        return self.rules(inputs)[0](inputs, outputs, cotangents, wanted)
+        return self.rules(inputs, outputs[0])[0](inputs, outputs, cotangents, wanted)
 
     def jvp(self, inputs, outputs, tangents):
-        return self.rules(inputs)[1](inputs, outputs, tangents)
+        return self.rules(inputs, outputs[0])[1](inputs, outputs, tangents)
 
     def traceable(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Two Newton steps from the solution: plain operations whose derivatives up to the third are the root's."""
@@ -259,17 +262,22 @@ class _Call:
             x = x - torch.linalg.inv(jacobian) @ self.flat_equation(x, *inputs)
         return (x, *held)
 
-    def check(self, x: Tree) -> None:
+    def check(self, x: Tree, checked: set) -> None:
         """Evaluate the equation once, for its shape and for captured tensors that stay hidden."""
-        tensors, merge = tree.partition(x)
+        tensors, merge = tree.partition((x,))
+        key = tuple((t.shape, t.dtype) for t in (*tensors, *self.inputs))
+        if self.complete and key in checked:
+            return
 
         def evaluate(*flat):
-            point = merge(flat[: len(tensors)])
+            (point,) = merge(flat[: len(tensors)])
             value = self.equation(point, flat[len(tensors) :])
             check_equation(value, point, self.name)
             return value
 
         check_closed(evaluate, (*tensors, *self.inputs), name=self.name)
+        if len(checked) < _MOST_CHECKED:
+            checked.add(key)
 
 
 def _with_aux(out):

@@ -6,17 +6,21 @@ r"""The mathematics of implicit differentiation: derivatives of a root in what i
 Both rules are differentiable, so derivatives of any order follow.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import choose, jvp, vjp
 from diffopt.autodiff.custom_derivative import Partial, Tensors
-from diffopt.linalg import CG, LinearSolver, Tag
-from diffopt.linalg.operators import Space, flat_jacobian
-from diffopt.linalg.solve import solve_flat
+from diffopt.autodiff.gradients import pullbacks
+from diffopt.autodiff.levels import derivative_possible
+from diffopt.linalg import CG, Dense, LinearSolver, Tag
+from diffopt.linalg.operators import FEW, Space, flat_jacobian
+from diffopt.linalg.solve import report, solve_flat
 from diffopt.typing import Tree
 
 __all__ = ["root_jvp", "root_rules", "root_vjp"]
@@ -147,6 +151,8 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
 
     def vjp_rule(inputs: Tensors, outputs: Tensors, cotangents: Partial, wanted: tuple[bool, ...]) -> Partial:
         x, weight = outputs[0], cotangents[0]
+        if space.size <= FEW and isinstance(solve, Dense | None) and not derivative_possible((x, weight, *inputs)):
+            return _small_vjp(fn, x, inputs, weight, wanted)
         u = solve_flat(jacobian(x, inputs).transpose(), weight, solve and solve.transposed(), failure="warn")
         part, primals = choose(lambda *values: fn(x, *values), inputs, wanted)
         found = iter(vjp(part, *primals)[1](-u) if primals else ())
@@ -161,6 +167,23 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
         return (x_dot, *(o.new_zeros(o.shape) for o in outputs[1:]))
 
     return vjp_rule, jvp_rule
+
+
+def _small_vjp(fn, x, inputs, weight, wanted):
+    """The adjoint of a few unknowns where nothing is tracked: one evaluation, one pass a row."""
+    part, primals = choose(fn, (x, *inputs), (True, *wanted))
+    to_x, *to_inputs = pullbacks(part, *primals)
+    jacobian = torch.stack([to_x(row) for row in _unit_vectors(x.numel(), x.dtype, x.device)])
+    u, info = torch.linalg.solve_ex(jacobian.mT, -weight)
+    if info.item() != 0:
+        report(info == 0, "warn", "Dense")
+    found = iter([to(u) for to in to_inputs])
+    return tuple(next(found) if w else None for w in wanted)
+
+
+@functools.lru_cache(maxsize=64)
+def _unit_vectors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.eye(size, dtype=dtype, device=device).unbind()
 
 
 def check_equation(value: Tree, like: Tree, name: str = "optimality_fun") -> None:

@@ -34,7 +34,7 @@ Tag: TypeAlias = Literal["symmetric", "positive_definite", "diagonal", "lower_tr
 Product: TypeAlias = Callable[[Tensor], Tensor]
 
 _TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
-_FEW = 8  # rows that cost less one by one than through vmap
+FEW = 8  # rows that cost less one by one than through vmap
 
 
 class Bound(NamedTuple):
@@ -211,7 +211,7 @@ def function_operator(
         >>> A.matvec(torch.tensor([3.0, 4.0]))
         tensor([3., 8.])
     """
-    rebuild, captured = hoist(fn)
+    rebuild, captured, _ = hoist(fn)
     leaves, spec = optree.tree_flatten(parameters)
     domain = Space.like(example)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    rebuild, captured = hoist(fn)
+    rebuild, captured, _ = hoist(fn)
     vector, unravel = tree.ravel(x)
     leaves, fill = tree.partition(args)
     domain = Space.like(x)
@@ -339,7 +339,7 @@ def gauss_newton_operator(
     References:
         Schraudolph (2002), Fast curvature matrix-vector products, section 3.
     """
-    rebuild, captured = hoist(model, loss)
+    rebuild, captured, _ = hoist(model, loss)
     x_vector, unravel = tree.ravel(x)
     leaves, spec = optree.tree_flatten(args)
     domain = Space.like(x)
@@ -371,7 +371,7 @@ def _bound(matvec: Product, rmatvec: Product, codomain: Space) -> Bound:
         if codomain.size == 0:
             raise ValueError("an operator on zero elements has no matrix")
         rows = torch.eye(codomain.size, dtype=codomain.dtype, device=codomain.device)
-        if codomain.size <= _FEW and not transforms_active():
+        if codomain.size <= FEW and not transforms_active():
             return torch.stack([rmatvec(row) for row in rows])
         return torch.func.vmap(rmatvec)(rows)
 

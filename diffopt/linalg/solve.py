@@ -11,10 +11,12 @@ import dataclasses
 import warnings
 from typing import Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import any_lane, choose, custom_derivative, hoist, jvp, vjp
+from diffopt.autodiff.levels import derivative_possible
 from diffopt.linalg.dense import Dense
 from diffopt.linalg.krylov import CG, GMRES
 from diffopt.linalg.operators import Bound, LinearOperator, Tag, matrix_operator
@@ -146,8 +148,13 @@ class _FlatProduct:
 
 
 def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, failure: Failure) -> Tensor:
+    if not torch.compiler.is_compiling() and not derivative_possible((*operator.parameters, b)):
+        with torch.no_grad():
+            x, converged = solver.solve(operator.bind(*operator.parameters), b, init, operator.tags)
+            report(converged, failure, type(solver).__name__)
+        return x
     count = len(operator.parameters)
-    rebuild, held = hoist(solver)
+    rebuild, held, _ = hoist(solver)
     extras = [t.detach() for t in ([] if init is None else [init]) + held]  # they do not move the solution
 
     def at(inputs):
@@ -161,7 +168,7 @@ def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, fai
         start = None if init is None else rest[0]
         closed = rebuild(*rest[len(extras) - len(held) :])
         x, converged = closed.solve(operator.bind(*parameters), b, start, operator.tags)
-        _report(converged, failure, type(solver).__name__)
+        report(converged, failure, type(solver).__name__)
         return (x,)
 
     def vjp_rule(inputs, outputs, cotangents, wanted):
@@ -189,7 +196,7 @@ def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, fai
     return solve(*operator.parameters, b, *extras)[0]
 
 
-def _report(converged: Tensor, failure: Failure, name: str) -> None:
+def report(converged: Tensor, failure: Failure, name: str) -> None:
     if failure == "ignore" or not any_lane(~converged):
         return
     causes = (

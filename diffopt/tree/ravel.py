@@ -37,6 +37,8 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         tensor([[2., 2.],
                 [2., 2.]])
     """
+    if isinstance(tree, Tensor):
+        return _ravel_tensor(tree)
     leaves, treespec = flatten(tree)
     _check_one_kind(tree, leaves)
     shapes = [tuple(leaf.shape) for leaf in leaves]
@@ -51,6 +53,17 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return unflatten(treespec, _pieces(vector, sizes, shapes))
 
     return vector, unravel
+
+
+def _ravel_tensor(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    shape, total = tensor.shape, tensor.numel()
+
+    def unravel(vector: Tensor) -> Tensor:
+        if vector.shape != (total,):
+            raise ValueError(f"`unravel` needs a vector of shape ({total},); got {tuple(vector.shape)}.")
+        return vector if len(shape) == 1 else vector.reshape(shape)
+
+    return (tensor if len(shape) == 1 else tensor.reshape(-1)), unravel
 
 
 def _pieces(vector: Tensor, sizes: list[int], shapes: list[Shape]) -> list[Tensor]:
