@@ -52,7 +52,7 @@ class _Problem:
     fn: Callable[[Tensor], Tensor]
     z: Tensor
     first: int  # elements of the first argument, which shared cells map over
-    backend: str | None
+    backend: str
 
     @property
     def v(self) -> Tensor:
@@ -86,7 +86,9 @@ def _backward_twice(p: _Problem, fn, z: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
         fn(z).backward(create_graph=True, inputs=[z])
-    first, z.grad = z.grad, None  # breaks the reference cycle that the warning is about
+    first = z.grad
+    assert first is not None
+    z.grad = None  # breaks the reference cycle that the warning is about
     (second,) = torch.autograd.grad((first * first).sum(), z, create_graph=True)
     (third,) = torch.autograd.grad(second.sin().sum(), z)
     return third
@@ -94,7 +96,9 @@ def _backward_twice(p: _Problem, fn, z: Tensor) -> Tensor:
 
 def _dual_level(p: _Problem) -> Tensor:
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(p.fn(forward_ad.make_dual(p.z, p.v))).tangent
+        tangent = forward_ad.unpack_dual(p.fn(forward_ad.make_dual(p.z, p.v))).tangent
+    assert tangent is not None
+    return tangent
 
 
 def _gradcheck(p: _Problem) -> Tensor:
@@ -172,7 +176,7 @@ def check_composition(
     *,
     tol: float = 1e-8,
     may_raise: Mapping[str, str] | None = None,
-    backend: str | None = "aot_eager",
+    backend: str = "aot_eager",
     cells: Sequence[str] | None = None,
 ) -> Report:
     r"""Compare an operator with a reference under every transform, and raise if a cell is wrong.
@@ -220,7 +224,7 @@ def check_composition(
         return on_vector
 
     z = torch.cat(vectors).detach()
-    ours, theirs = (_Problem(flattened(f), z, sizes[0], backend) for f in (fn, reference))
+    ours, theirs = (_Problem(flattened(f), z, sizes[0], backend or "eager") for f in (fn, reference))
     names = [n for n in cells or CELLS if backend is not None or not n.startswith("compile")]
     found = tuple(_check_cell(name, ours, theirs, tol, (may_raise or {}).get(name)) for name in names)
     report = Report(found)

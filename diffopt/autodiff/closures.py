@@ -18,6 +18,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from diffopt import tree
 from diffopt.autodiff.levels import first_lane, is_live, is_tracked
 
 __all__ = ["check_closed", "hoist"]
@@ -94,7 +95,7 @@ def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str)
         [tensor(2.)]
     """
     with torch.enable_grad():
-        leaves = optree.tree_leaves(fn(*map(first_lane, inputs)))
+        leaves = tree.leaves(fn(*map(first_lane, inputs)))
     for leaf in leaves:
         if isinstance(leaf, Tensor) and is_live(leaf):
             raise ValueError(
@@ -119,7 +120,7 @@ def _function_parts(fn: types.FunctionType) -> list[Any]:
     cells = [_contents(cell) for cell in fn.__closure__ or ()]
     if _in_library(fn.__code__.co_filename):
         # a pullback's tensors are tied to a graph that stand-ins would not be part of
-        return _HIDDEN if any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(cells)) else cells
+        return _HIDDEN if any(isinstance(leaf, Tensor) for leaf in tree.leaves(cells)) else cells
     scope = fn.__globals__
     cells += [scope[n] for n in _global_names(fn.__code__) if n in scope]
     return [*cells, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]

@@ -175,7 +175,8 @@ class _CustomDerivative(torch.autograd.Function):
         if functorch_active():
             return super().apply(rules, *inputs)  # pyright: ignore[reportReturnType]
         # torch's own apply binds a signature at every call, which costs more than the rest of it
-        return super(torch.autograd.Function, cls).apply(rules, *map(unwrap_if_dead, inputs))
+        base = super(torch.autograd.Function, cls)
+        return base.apply(rules, *map(unwrap_if_dead, inputs))  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def forward(rules: Rules, *inputs: Tensor) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -222,7 +223,7 @@ class _CustomDerivative(torch.autograd.Function):
         return tuple(f if _differentiable(o) else None for f, o in zip(found, outputs, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, rules, *inputs):
+    def vmap(info, in_dims, rules, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         batched = _batch(rules, in_dims[1:], info.batch_size, info.randomness)
         return _CustomDerivative.apply(batched, *inputs), 0
 

@@ -62,12 +62,12 @@ def fused_op(reference: Launcher, forward: Launcher, backward: Launcher | None =
     return custom_derivative(forward, vjp=fused_vjp, jvp=reference_jvp, batching=_fold(None), traceable=reference)
 
 
-def _fold(count: int | None):
-    """The batching rule that puts all lanes into one launch; see `_Folded` for `count`."""
+def _fold(shaped: int | None):
+    """The batching rule that puts all lanes into one launch; see `_Folded` for `shaped`."""
 
     def fold(primal, dims, size):
         launcher, levels = (primal.launcher, primal.levels) if isinstance(primal, _Folded) else (primal, ())
-        return _Folded(launcher, ((dims, size), *levels), count)
+        return _Folded(launcher, ((dims, size), *levels), shaped)
 
     return fold
 
@@ -75,13 +75,13 @@ def _fold(count: int | None):
 class _Folded(NamedTuple):
     """A launcher over the lanes of one or more vmaps, outermost first.
 
-    With `count`, the first `count` inputs give the shapes of the outputs; without, all outputs have the broadcast
+    With `shaped`, the first `shaped` inputs give the shapes of the outputs; without, all outputs have the broadcast
     shape of the inputs.
     """
 
     launcher: Launcher
     levels: tuple[tuple[tuple[int | None, ...], int], ...]
-    count: int | None
+    shaped: int | None
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         sizes = tuple(size for _, size in self.levels)
@@ -90,7 +90,7 @@ class _Folded(NamedTuple):
         rank = max(map(len, shapes))
         rows = [x.reshape(-1, *(1,) * (rank - len(s)), *s) for x, s in zip(lanes, shapes, strict=True)]
         outputs = self.launcher(*rows)
-        targets = [torch.broadcast_shapes(*shapes)] * len(outputs) if self.count is None else shapes[: self.count]
+        targets = [torch.broadcast_shapes(*shapes)] * len(outputs) if self.shaped is None else shapes[: self.shaped]
         return tuple(o.reshape(*sizes, *t) for o, t in zip(outputs, targets, strict=True))
 
     def _lanes_first(self, x: Tensor, place: int) -> Tensor:

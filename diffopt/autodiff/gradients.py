@@ -8,13 +8,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import optree
 import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
 from diffopt.autodiff.levels import dual_only, transforms_active
-from diffopt.tree import partition
+from diffopt.tree import flatten, partition
 
 __all__ = ["grad", "jvp", "linearize", "value_and_grad", "vjp"]
 
@@ -81,7 +80,7 @@ def pullbacks(fn: Callable[..., Tensor], *primals: Tensor) -> list[Callable[[Ten
 
 
 def _functional_linearize(fn, primals):
-    out, pull = torch.func.vjp(fn, *primals)
+    out, pull = torch.func.vjp(fn, *primals)[:2]
     outs = out if isinstance(out, tuple) else (out,)
     pull_tuple = pull if isinstance(out, tuple) else (lambda cotangents: pull(cotangents[0]))
     push = None
@@ -89,7 +88,7 @@ def _functional_linearize(fn, primals):
     def pushforward(*tangents: Tensor) -> tuple[Tensor, ...]:
         nonlocal push
         if push is None:
-            _, push = torch.func.vjp(lambda *v: pull_tuple(v), *map(torch.zeros_like, outs))
+            push = torch.func.vjp(lambda *v: pull_tuple(v), *map(torch.zeros_like, outs))[1]
         return push(tangents)
 
     return out, (lambda *cotangents: pull_tuple(cotangents)), pushforward
@@ -188,7 +187,7 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Te
     """
     primals, tangents = tuple(primals), tuple(tangents)
     if torch.compiler.is_compiling() or (transforms_active() and not dual_only()):
-        return torch.func.jvp(fn, primals, tangents)
+        return torch.func.jvp(fn, primals, tangents)[:2]
     out, _, pushforward = linearize(fn, *primals)
     tangent = pushforward(*tangents)
     return out, (tangent if isinstance(out, tuple) else tangent[0])
@@ -269,7 +268,7 @@ def _differentiated(args: tuple, argnums: tuple[int, ...]):
     for n in argnums:
         if not -len(args) <= n < len(args):
             raise ValueError(f"argnums names argument {n}, but {len(args)} positional arguments were given")
-    leaves, spec = optree.tree_flatten(tuple(args[n] for n in argnums))
+    leaves, spec = flatten(tuple(args[n] for n in argnums))
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -290,19 +289,20 @@ def _call(fn, args, kwargs, argnums, values, has_aux):
 
 
 def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
-    aux = None
+    merge_aux = None
 
     def scalar(*flat):
         value, extra = _call(fn, args, kwargs, argnums, spec.unflatten(flat), has_aux)
-        nonlocal aux
-        tensors, aux = partition(extra)
+        nonlocal merge_aux
+        tensors, merge_aux = partition(extra)
         return value, tensors
 
     if not leaves:
         return *_call(fn, args, kwargs, argnums, spec.unflatten(()), has_aux), spec.unflatten(())
     wanted = tuple(range(len(leaves)))
     grads, (value, tensors) = torch.func.grad_and_value(scalar, wanted, has_aux=True)(*leaves)
-    return value, aux(tensors), spec.unflatten(grads)
+    assert merge_aux is not None
+    return value, merge_aux(tensors), spec.unflatten(grads)
 
 
 def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):

@@ -205,7 +205,9 @@ class _Call:
         solution = self.unravel(x)
         if checking and self.init is None:
             self.check(solution, checked)
-        return (solution, self.merge_aux([t.detach() for t in held])) if self.options.has_aux else solution
+        if self.merge_aux is None:
+            return solution
+        return solution, self.merge_aux([t.detach() for t in held])
 
     def split(self, inputs):
         """`(equation, solver, linear solver), init, args, kwargs`, made of flat inputs."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import choose, jvp, vjp
+from diffopt.autodiff import choose, hoist, jvp, vjp
 from diffopt.autodiff.custom_derivative import Partial, Tensors
 from diffopt.autodiff.gradients import pullbacks
 from diffopt.autodiff.levels import derivative_possible
@@ -65,10 +65,11 @@ def root_vjp(
     References:
         Blondel et al. (2022), Efficient and modular implicit differentiation, eq. 3.
     """
-    rule, x, inputs, fill, weight = _prepare(optimality_fun, sol, args, cotangent, "cotangent", solve, symmetric)
-    wanted = tuple(t.is_floating_point() for t in inputs)
-    found = rule[0](tuple(inputs), (x,), (weight,), wanted)
-    return fill(found)
+    tree.check_like(cotangent, sol, name="cotangent", reference_name="sol")
+    (rule, _), x, inputs, merge = _prepare(optimality_fun, sol, args, solve, symmetric)
+    count = len(tree.partition(args)[0])
+    wanted = tuple(i < count and t.is_floating_point() for i, t in enumerate(inputs))
+    return merge(rule(inputs, (x,), (tree.ravel(cotangent)[0],), wanted)[:count])
 
 
 def root_jvp(
@@ -114,22 +115,27 @@ def root_jvp(
             f"tangents must be like args; got shapes {[tuple(t.shape) for t in given]} for "
             f"{[tuple(t.shape) for t in expected]}"
         )
-    rule, x, inputs, _, _ = _prepare(optimality_fun, sol, args, sol, "sol", solve, symmetric)
-    moving = tuple(t if a.is_floating_point() else None for t, a in zip(given, inputs, strict=True))
+    (_, rule), x, inputs, _ = _prepare(optimality_fun, sol, args, solve, symmetric)
+    floating = (t if a.is_floating_point() else None for t, a in zip(given, expected, strict=True))
+    still = (torch.zeros_like(t) if t.is_floating_point() else None for t in inputs[len(given) :])
     _, unravel = tree.ravel(sol)
-    return unravel(rule[1](tuple(inputs), (x,), moving)[0])
+    x_dot = rule(inputs, (x,), (*floating, *still))[0]
+    assert x_dot is not None
+    return unravel(x_dot)
 
 
-def _prepare(optimality_fun, sol, args, like, name, solve, symmetric):
+def _prepare(optimality_fun, sol, args, solve, symmetric):
+    """The rules, and all that they are called with: the root, and the tensors of `args` and of the closure."""
+    rebuild, captured, _ = hoist(optimality_fun)
     x, unravel = tree.ravel(sol)
-    inputs, fill = tree.partition(args)
+    tensors, merge = tree.partition(args)
     check_equation(optimality_fun(sol, *args), sol)
-    tree.check_like(like, sol, name=name, reference_name="sol")
 
-    def flat(vector, *tensors):
-        return tree.ravel(optimality_fun(unravel(vector), *fill(tensors)))[0]
+    def flat(vector, *inputs):
+        closed, args = rebuild(*inputs[len(tensors) :]), merge(inputs[: len(tensors)])
+        return tree.ravel(closed(unravel(vector), *args))[0]
 
-    return root_rules(flat, Space.like(sol), solve, symmetric), x, inputs, fill, tree.ravel(like)[0]
+    return root_rules(flat, Space.like(sol), solve, symmetric), x, (*tensors, *captured), merge
 
 
 def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symmetric: bool):
@@ -151,6 +157,7 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
 
     def vjp_rule(inputs: Tensors, outputs: Tensors, cotangents: Partial, wanted: tuple[bool, ...]) -> Partial:
         x, weight = outputs[0], cotangents[0]
+        assert weight is not None
         if space.size <= FEW and isinstance(solve, Dense | None) and not derivative_possible((x, weight, *inputs)):
             return _small_vjp(fn, x, inputs, weight, wanted)
         u = solve_flat(jacobian(x, inputs).transpose(), weight, solve and solve.transposed(), failure="warn")

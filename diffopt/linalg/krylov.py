@@ -62,7 +62,7 @@ class CG:
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
         """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
         limit = _limit(self, b)
-        precondition = self.preconditioner or (lambda r: r)
+        precondition = _precondition(self)
         r = b if x is None else b - bound.matvec(x)
         z = precondition(r)
         state = _State(
@@ -188,9 +188,9 @@ class GMRES:
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
         """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
         limit = _limit(self, b)
-        size = min(self.restart, max(b.numel(), 1))
+        size = min(self.restart, b.numel())
         restarts = max(10, 10 * b.numel() // self.restart) if self.max_restarts is None else self.max_restarts
-        precondition = self.preconditioner or (lambda r: r)
+        precondition = _precondition(self)
 
         def live(carry):
             return _norm(carry[1]) > limit
@@ -202,13 +202,17 @@ class GMRES:
             return x, b - bound.matvec(x)
 
         start = (torch.zeros_like(b), b) if x is None else (x, b - bound.matvec(x))
-        x, r = while_loop(live, cycle, start, max_steps=restarts)
-        return x, _norm(r) <= limit
+        solution, r = while_loop(live, cycle, start, max_steps=restarts)
+        return solution, _norm(r) <= limit
 
     def transposed(self) -> "GMRES":
         """The solver for the transposed system, with the preconditioner transposed where it can be."""
         M = self.preconditioner
         return dataclasses.replace(self, preconditioner=M.transpose() if isinstance(M, LinearOperator) else None)
+
+
+def _precondition(solver) -> Callable[[Tensor], Tensor]:
+    return (lambda r: r) if solver.preconditioner is None else solver.preconditioner
 
 
 def _arnoldi_step(product, r: Tensor, size: int, limit: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-import optree
 import torch
 from torch import Tensor
 
@@ -212,7 +211,7 @@ def function_operator(
         tensor([3., 8.])
     """
     rebuild, captured, _ = hoist(fn)
-    leaves, spec = optree.tree_flatten(parameters)
+    leaves, spec = tree.flatten(parameters)
     domain = Space.like(example)
     with torch.no_grad():
         codomain = Space.like(fn(parameters, tree.zeros_like(example)))
@@ -341,7 +340,7 @@ def gauss_newton_operator(
     """
     rebuild, captured, _ = hoist(model, loss)
     x_vector, unravel = tree.ravel(x)
-    leaves, spec = optree.tree_flatten(args)
+    leaves, spec = tree.flatten(args)
     domain = Space.like(x)
     with torch.no_grad():
         codomain = Space.like(model(x, *args))

@@ -163,16 +163,17 @@ def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, fai
     def product(x):
         return lambda *parameters: operator.bind(*parameters).matvec(x)
 
+    def closed(inputs):
+        return rebuild(*inputs[len(inputs) - len(held) :])
+
     def primal(*inputs):
-        parameters, b, rest = inputs[:count], inputs[count], inputs[count + 1 :]
-        start = None if init is None else rest[0]
-        closed = rebuild(*rest[len(extras) - len(held) :])
-        x, converged = closed.solve(operator.bind(*parameters), b, start, operator.tags)
+        start = None if init is None else inputs[count + 1]
+        x, converged = closed(inputs).solve(operator.bind(*inputs[:count]), inputs[count], start, operator.tags)
         report(converged, failure, type(solver).__name__)
         return (x,)
 
     def vjp_rule(inputs, outputs, cotangents, wanted):
-        b_bar = _solve(at(inputs).transpose(), cotangents[0], solver.transposed(), None, failure)
+        b_bar = _solve(at(inputs).transpose(), cotangents[0], closed(inputs).transposed(), None, failure)
         chosen = wanted[:count]
         part, primals = choose(product(outputs[0]), inputs[:count], chosen)
         found = iter(vjp(part, *primals)[1](-b_bar)) if primals else iter(())
@@ -184,15 +185,14 @@ def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, fai
         side = tangents[count]
         if primals:
             side = side - jvp(part, primals, [t for t in tangents[:count] if t is not None])[1]
-        return (_solve(at(inputs), side, solver, None, failure),)
+        return (_solve(at(inputs), side, closed(inputs), None, failure),)
 
-    traceable = None
-    if isinstance(solver, Dense):
+    def traceable(*inputs):
+        return (solver.traceable(operator.bind(*inputs[:count]), inputs[count], operator.tags),)
 
-        def traceable(*inputs):
-            return (solver.traceable(operator.bind(*inputs[:count]), inputs[count], operator.tags),)
-
-    solve = custom_derivative(primal, vjp=vjp_rule, jvp=jvp_rule, traceable=traceable)
+    solve = custom_derivative(
+        primal, vjp=vjp_rule, jvp=jvp_rule, traceable=traceable if isinstance(solver, Dense) else None
+    )
     return solve(*operator.parameters, b, *extras)[0]
 
 

@@ -32,7 +32,7 @@ def partition(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Any]], Any]]:
     """
     if type(tree) is tuple and all(type(leaf) is Tensor for leaf in tree):
         return list(tree), functools.partial(_as_tuple, len(tree))  # the commonest case, at a fraction of the cost
-    leaves, treespec = optree.tree_flatten(tree, none_is_leaf=True)
+    leaves, treespec = optree.tree_flatten(tree, none_is_leaf=True)  # pyright: ignore[reportArgumentType]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def merge(values: Sequence[Any]) -> Any:

@@ -195,8 +195,8 @@ def check_like(tree: Tree, reference: Tree, *, name: str = "tree", reference_nam
     """
     if isinstance(tree, Tensor) and isinstance(reference, Tensor) and _leaf_difference(tree, reference) is None:
         return
-    found, spec = optree.tree_flatten(tree)
-    expected, reference_spec = optree.tree_flatten(reference)
+    found, spec = flatten(tree)
+    expected, reference_spec = flatten(reference)
     if spec != reference_spec:
         check_same_structure(tree, reference, name=name, reference_name=reference_name)
     for i, (leaf, like) in enumerate(zip(found, expected, strict=True)):
