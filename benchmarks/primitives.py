@@ -1,6 +1,4 @@
-"""What the primitives cost a call, one thread: python benchmarks/primitives.py [--quick]."""
-
-import argparse
+"""What the primitives cost a call, one thread: python benchmarks/primitives.py."""
 
 import torch
 from timing import alternate, median_us, record
@@ -8,7 +6,6 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import diffopt
-from diffopt import random
 from diffopt.autodiff import any_lane
 from diffopt.implicit import custom_root
 
@@ -102,27 +99,9 @@ def lanes() -> list[dict]:
     return [{"case": "any_lane under vmap(grad)", "value": seen[0], "unit": "us", "bar": "<= 15"}]
 
 
-def draws(count: int) -> list[dict]:
-    """Large normal draws per number, against `torch.randn`."""
-    key = random.key(0)
-    ours, theirs = alternate([lambda: random.normal(key, (count,)), lambda: torch.randn(count)], repeats=9)
-    case = f"random.normal / torch.randn, {count} numbers, {torch.get_num_threads()} threads"
-    return [{"case": case, "value": ours / theirs, "unit": "ratio", "bar": "<= 1.5"}]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="leave out the large draws, which compile first")
-    quick = parser.parse_args().quick
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = [*dense_root(), *gradients(), *lanes()]
-    if not quick:
-        rows += draws(10_000_000)
-        torch.set_num_threads(threads)
-        rows += draws(10_000_000)
-        torch.set_num_threads(1)
-    record("primitives", rows)
+    record("primitives", [*dense_root(), *gradients(), *lanes()])
 
 
 if __name__ == "__main__":

@@ -27,18 +27,27 @@ def alternate(fns: list[Callable[[], Any]], *, repeats: int = 30, budget_s: floa
     for fn in fns:
         for _ in range(3):
             fn()
+        _wait()
         start = time.perf_counter()
         fn()
+        _wait()
         once = max(time.perf_counter() - start, 1e-7)
         counts.append(max(1, int(budget_s / repeats / once)))
     times: list[list[float]] = [[] for _ in fns]
     for _ in range(repeats):
         for fn, count, seen in zip(fns, counts, times, strict=True):
+            _wait()
             start = time.perf_counter()
             for _ in range(count):
                 fn()
+            _wait()
             seen.append((time.perf_counter() - start) / count * 1e6)
     return [statistics.median(seen) for seen in times]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def machine() -> dict[str, Any]:
