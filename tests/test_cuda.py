@@ -51,16 +51,16 @@ def test_roots_under_transforms(solver):
     a, b = root_args()
     weights = W.cuda()
 
-    def F(x, a, b):
+    def residual(x, a, b):
         return x + b * torch.tanh(weights @ x) + 0.2 * x**3 - a
 
     def newton(init, a, b):
         x = init
         for _ in range(12):
-            x = x - torch.linalg.solve(torch.func.jacrev(F)(x, a, b), F(x, a, b))
+            x = x - torch.linalg.solve(torch.func.jacrev(residual)(x, a, b), residual(x, a, b))
         return x
 
-    solve = custom_root(F, solve=solver)(newton)
+    solve = custom_root(residual, solve=solver)(newton)
 
     def ours(a, b):
         return solve(torch.zeros_like(a), a, b)
