@@ -156,13 +156,15 @@ def _reaches_foreign_leaf(outs: Sequence[Tensor], ours: Sequence[Tensor]) -> boo
     stack = [o.grad_fn for o in outs if o.grad_fn is not None]
     seen = set(stack)
     while stack:
-        node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            return True
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
+        parents = stack.pop().next_functions
+        for parent, _ in parents:
+            if parent is None or parent in seen:
+                continue
+            leaf = None if parent.next_functions else getattr(parent, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                return True
+            seen.add(parent)
+            if leaf is None:
                 stack.append(parent)
     return any(o.grad_fn is None and o.requires_grad and id(o) not in known for o in outs)
 
@@ -285,7 +287,7 @@ def _call(fn, args, kwargs, argnums, values, has_aux):
     if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() > 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"the function must return a scalar tensor; got {found}. Reduce it, for example by .sum()")
-    return value.reshape(()), aux
+    return (value.reshape(()) if value.dim() else value), aux
 
 
 def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
@@ -316,7 +318,7 @@ def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
     else:
         grads = tuple(map(torch.zeros_like, inputs))
     if not create:
-        value, aux = value.detach(), _detach_tensors(aux)
+        value, aux = value.detach(), _detach_tensors(aux) if has_aux else None
     return value, aux, spec.unflatten(grads)
 
 
