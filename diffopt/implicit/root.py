@@ -19,7 +19,8 @@ from diffopt.autodiff.custom_derivative import Partial, Tensors
 from diffopt.autodiff.gradients import pullbacks
 from diffopt.autodiff.levels import derivative_possible
 from diffopt.linalg import CG, Dense, LinearSolver, Tag
-from diffopt.linalg.operators import FEW, Space, flat_jacobian
+from diffopt.linalg.derivatives import flat_jacobian
+from diffopt.linalg.operators import FEW, Space
 from diffopt.linalg.solve import report, solve_flat
 from diffopt.typing import Tree
 
