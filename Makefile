@@ -45,6 +45,7 @@ notebooks: .venv/dev ## Run the notebooks in place
 
 bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/primitives.py
+	$(BIN)/python benchmarks/draws.py
 
 clean: ## Remove everything that the targets made
 	rm -rf .venv build dist docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis .import_linter_cache
