@@ -1,0 +1,42 @@
+"""Every notebook runs from top to bottom, silently, and is stored with the pictures that its page shows."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.append(str(FOLDER))
+
+import run_notebooks  # noqa: E402
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def pictures(notebook):
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path):
+    notebook = run_notebooks.execute(path)
+    said = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not said, "a notebook must not warn"
+    assert pictures(notebook) >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_notebook_is_small_and_shows_a_picture(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert path.stat().st_size < 200_000
+    assert pictures(notebook) >= 1
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    assert "What to try next" in notebook.cells[-1].source
