@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -389,3 +390,10 @@ def test_every_cell_is_right_or_says_what_to_do(name):
     RECORD.mkdir(parents=True, exist_ok=True)
     cells = {cell.name: [cell.status, cell.detail] for cell in report.cells}
     (RECORD / f"{name.replace(' ', '_')}.json").write_text(json.dumps({"name": name, "cells": cells}))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["custom_derivative", "linear_solve, LU", "sgd, 3 steps"])
+def test_a_sample_is_right_under_inductor(name):
+    operator, args, reference, _ = ROWS[name]()
+    check_composition(operator, args, reference, backend="inductor", cells=["compile", "compile(grad)"])
