@@ -340,7 +340,7 @@ def test_what_other_operators_capture_is_differentiated_in_every_mode(name, oper
 def test_what_a_root_cannot_find_raises_in_every_mode(name):
     a = A.clone().requires_grad_()  # the plain mode checks where something is tracked
     for apply in MODES.values():
-        with pytest.raises(ValueError, match="hidden where it cannot be found.*pass it as an argument"):
+        with pytest.raises(ValueError, match=r"hidden where it cannot be found.*pass it as an argument"):
             apply(lambda t: quotient(HIDDEN[name], t, a))
 
 
