@@ -5,6 +5,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from diffopt import tree
+from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.typing import Numeric, Tree
 
 __all__ = ["as_dtype", "check_hyperparameter", "flatten_floating", "flatten_like", "precise_dtype", "zero_count"]
@@ -80,47 +81,6 @@ def flatten_like(
                 f"got {tuple(leaf.shape)}."
             )
     return found
-
-
-def check_hyperparameter(
-    name: str, value: Numeric, *, at_least: float | None = None, below: float | None = None
-) -> None:
-    """Check that a hyperparameter is a number in its range, or a 0-d floating-point tensor.
-
-    A tensor's value is not read, so that it may be batched, traced or on a device.
-
-    Args:
-        name: What error messages call it.
-        value: The hyperparameter.
-        at_least: The least allowed number.
-        below: The bound that a number must not reach.
-
-    Raises:
-        TypeError: If it is neither a real number nor a floating-point tensor.
-        ValueError: If a tensor has dimensions, or a number is out of range.
-
-    Example:
-        >>> check_hyperparameter("b1", 1.5, at_least=0.0, below=1.0)
-        Traceback (most recent call last):
-        ...
-        ValueError: `b1` must be at least 0.0 and below 1.0; got 1.5.
-    """
-    if isinstance(value, Tensor):
-        if value.ndim:
-            raise ValueError(
-                f"`{name}` must be a number or a 0-d tensor; got shape {tuple(value.shape)}. To run several values "
-                "at once, use torch.func.vmap over the function that builds the transformation."
-            )
-        if not value.is_floating_point():
-            raise TypeError(f"`{name}` must be a floating-point tensor; got {value.dtype}.")
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number or a 0-d tensor; got {type(value).__name__}: {value!r:.60}.")
-    low_enough = below is None or value < below
-    high_enough = at_least is None or value >= at_least
-    if not (low_enough and high_enough):
-        bounds = [f"at least {at_least}"] * (at_least is not None) + [f"below {below}"] * (below is not None)
-        raise ValueError(f"`{name}` must be {' and '.join(bounds)}; got {value}.")
 
 
 def precise_dtype(dtype: torch.dtype) -> torch.dtype:
