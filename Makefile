@@ -40,12 +40,12 @@ format: .venv/dev ## Format the code
 docs: .venv/dev ## Build the documentation, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-notebooks: .venv/dev ## Run the notebooks in place
-	$(BIN)/python -m pytest tests/test_notebooks.py
+notebooks: .venv/dev ## Run the notebooks and store their outputs
+	$(BIN)/python notebooks/run_notebooks.py
 
 bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/primitives.py
 	$(BIN)/python benchmarks/draws.py
 
 clean: ## Remove everything that the targets made
-	rm -rf .venv build dist docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist docs/_build docs/_generated docs/notebooks/*.ipynb .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """diffopt: differentiable optimization for PyTorch, as pure functions that compose with torch.func."""
 
-from diffopt import autodiff, implicit, linalg, optimizers, random, transforms, tree
+from diffopt import autodiff, implicit, linalg, optimizers, random, testing, transforms, tree, typing
 from diffopt.autodiff import (
     checkpoint,
     compile,
@@ -39,8 +39,10 @@ __all__ = [
     "root_vjp",
     "sgd",
     "step",
+    "testing",
     "transforms",
     "tree",
+    "typing",
     "unroll",
     "value_and_grad",
     "while_loop",

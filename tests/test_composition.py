@@ -25,7 +25,7 @@ from diffopt.transforms import step
 from problems import W, equation, newton_item, newton_lanes, newton_unrolled, reference_root, root_args
 
 COMPILED = ("compile", "compile(grad)", "compile(grad(grad))", "compile(vmap(grad))")
-ITERATIVE = dict.fromkeys(COMPILED, r"compiled with a dense adjoint[^')]*|cannot be compiled[^')]*")
+ITERATIVE = dict.fromkeys(COMPILED, r"can be compiled with a Dense adjoint[^'\")]*|cannot be compiled[^'\")]*")
 RECORD = pathlib.Path(__file__).parents[1] / "docs" / "_generated" / "composition"
 TIGHT = 1e-13
 
@@ -57,7 +57,7 @@ ROWS["custom_root, sequential, GMRES"] = lambda: root_row(
 )
 
 
-@row("custom_root, CG, trees and aux")
+@row("custom_root, NormalCG, trees and aux")
 def _():
     def slope(x, a, scale):
         return {"u": scale * x["u"] + x["u"] ** 3 - a["p"], "v": x["v"] + 0.1 * (x["v"] + x["u"].sum()) - a["q"]}

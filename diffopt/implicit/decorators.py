@@ -254,10 +254,10 @@ class _Call:
             raise RuntimeError('a solver with batching="sequential" cannot be compiled: compile the code around it')
         x, *held = self.primal(*inputs)
         if x.numel() > _MOST_COMPILED or not isinstance(self.options.solve, Dense | None):
+            adjoint = type(self.options.solve or Dense()).__name__
             raise RuntimeError(
-                f"an implicit derivative is compiled with a dense adjoint of at most {_MOST_COMPILED} unknowns; for "
-                f"{x.numel()} unknowns or an iterative adjoint, compile the solver and the equation, not their "
-                f"derivative"
+                f"an implicit derivative can be compiled with a Dense adjoint of at most {_MOST_COMPILED} unknowns, "
+                f"not with {adjoint} and {x.numel()} unknowns: compile the solver and the equation, decorate outside"
             )
         for _ in range(2):
             jacobian = torch.func.jacrev(self.flat_equation)(x, *inputs)

@@ -76,7 +76,7 @@ def uniform(key: Tensor, shape: Shape = (), *, dtype: torch.dtype | None = None,
 def normal(key: Tensor, shape: Shape = (), *, dtype: torch.dtype | None = None, start: int = 0) -> Tensor:
     """Draw standard normal numbers, by the Box-Muller transform of pairs of words.
 
-    z = sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v), with u in (0, 1] of 32 bits, so that |z| is
+    z = sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v), with u in (0, 1] of 32 bits, so that ``|z|`` is
     at most 6.66. Half precision is computed in float32 and rounded.
 
     Args:

@@ -77,7 +77,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         data: An integer in [-2^63, 2^63), or an integer tensor of any shape S on the key's device.
 
     Returns:
-        The new key, int64, shape (2,), or (*S, 2) for a tensor.
+        The new key, int64, shape (2,), or ``(*S, 2)`` for a tensor.
 
     Raises:
         TypeError: If the key is not an int64 tensor, or the data not integers.

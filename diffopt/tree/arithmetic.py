@@ -131,7 +131,7 @@ def vdot(x: Tree, y: Tree) -> Tensor:
 def norm(tree: Tree) -> Tensor:
     """Take the 2-norm of a tree over all its leaves, with derivative 0 at 0.
 
-    ||x|| = sqrt(sum over leaves of |x|^2). At x = 0, where the norm has a kink, derivatives of every order
+    ``||x|| = sqrt(sum over leaves of |x|^2)``. At x = 0, where the norm has a kink, derivatives of every order
     are 0 and not NaN. The squares must be representable: no rescaling is done. Half-precision leaves are
     accumulated in float32.
 
