@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.transforms.base import GradientTransformation
+from diffopt.transforms.leafwise import bias_correction
 from diffopt.transforms.leaves import (
     as_dtype,
     check_hyperparameter,
@@ -103,7 +104,7 @@ def scale_by_adam(
         mus = flatten_like(state.mu, grads, treespec, name="state.mu")
         nus = flatten_like(state.nu, grads, treespec, name="state.nu")
         count = state.count + 1
-        scalars = (b1, 1 - b1, b2, 1 - b2, _bias_correction(b2, count), eps, eps_root)
+        scalars = (b1, 1 - b1, b2, 1 - b2, bias_correction(b2, count), eps, eps_root)
         scalars += _mean_weights(b1, count, nesterov)
         cast = {m.dtype: tuple(as_dtype(s, m.dtype) for s in scalars) for m in mus}
         rows = [_scaled(g, m, n, cast[m.dtype]) for g, m, n in zip(grads, mus, nus, strict=True)]
@@ -127,11 +128,6 @@ def _scaled(g: Tensor, mu: Tensor, nu: Tensor, scalars: tuple[Any, ...]) -> tupl
 def _mean_weights(b1: Numeric, count: Tensor, nesterov: bool) -> tuple[Numeric, ...]:
     """Weigh the running mean and, with Nesterov momentum, the gradient in the numerator."""
     if not nesterov:
-        return (1 / _bias_correction(b1, count),)
-    ahead = as_dtype(b1, torch.float64) / _bias_correction(b1, count + 1)
-    return ahead, (1 - as_dtype(b1, torch.float64)) / _bias_correction(b1, count)
-
-
-def _bias_correction(decay: Numeric, count: Tensor) -> Tensor:
-    # In float64 whatever the leaves are: in float32, 1 - 0.999 is already wrong in the fifth digit.
-    return 1 - as_dtype(decay, torch.float64) ** count.to(torch.float64)
+        return (1 / bias_correction(b1, count),)
+    ahead = as_dtype(b1, torch.float64) / bias_correction(b1, count + 1)
+    return ahead, (1 - as_dtype(b1, torch.float64)) / bias_correction(b1, count)

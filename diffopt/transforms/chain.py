@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from diffopt.transforms.base import GradientTransformation
 from diffopt.typing import Tree
 
-__all__ = ["chain"]
+__all__ = ["chain", "named_chain"]
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
@@ -70,6 +72,59 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(init, update, step)
 
 
+def named_chain(*members: tuple[str, GradientTransformation]) -> GradientTransformation:
+    r"""Apply transformations one after the other, each with its state under a name.
+
+    .. math:: u = (T_n \circ \cdots \circ T_1)(g)
+
+    Args:
+        *members: Pairs of a name and a transformation, in order of application.
+
+    Returns:
+        A transformation whose state is a dict from names to the members' states.
+
+    Raises:
+        TypeError: If a member is not a pair of a string and a `GradientTransformation`.
+        ValueError: If a name is used twice.
+
+    Example:
+        >>> import torch
+        >>> from diffopt.transforms import scale, trace
+        >>> named = named_chain(("momentum", trace(0.9)), ("step", scale(-0.1)))
+        >>> named.init(torch.zeros(1))["momentum"]
+        TraceState(trace=tensor([0.]))
+    """
+    for member in members:
+        if not isinstance(member, tuple) or len(member) != 2 or not isinstance(member[0], str):
+            raise TypeError(f"`named_chain` needs pairs of a name and a transformation; got {member!r:.60}.")
+    names = [name for name, _ in members]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`named_chain` needs different names; got {names}.")
+    inner = chain(*(transformation for _, transformation in members))
+
+    def named(states: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(names, states, strict=True))
+
+    def init(params: Tree) -> dict[str, Any]:
+        return named(inner.init(params))
+
+    def update(
+        updates: Tree, state: dict[str, Any], params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, dict[str, Any]]:
+        updates, states = inner.update(updates, tuple(state[name] for name in names), params, **extra)
+        return updates, named(states)
+
+    inner_step = inner.step
+    if inner_step is None:
+        return GradientTransformation(init, update)
+
+    def step(grads: Tree, state: dict[str, Any], params: Tree, **extra: Any) -> tuple[Tree, dict[str, Any]]:
+        params, states = inner_step(grads, tuple(state[name] for name in names), params, **extra)
+        return params, named(states)
+
+    return GradientTransformation(init, update, step)
+
+
 def _check_state(state: tuple[Any, ...], members: int) -> None:
     if not isinstance(state, tuple) or len(state) != members:
         got = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
@@ -80,7 +135,8 @@ def _check_state(state: tuple[Any, ...], members: int) -> None:
 
 
 def _accepted(function: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
-    if not extra:
+    # torch.compile does not trace `inspect`; compiled members must take **extra, as the grammar says.
+    if not extra or torch.compiler.is_compiling():
         return extra
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

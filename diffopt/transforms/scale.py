@@ -10,11 +10,11 @@ from diffopt.transforms.base import EmptyState, GradientTransformation
 from diffopt.transforms.leaves import as_dtype, check_hyperparameter, flatten_floating, precise_dtype, zero_count
 from diffopt.typing import Numeric, Schedule, Tree
 
-__all__ = ["ScaleByScheduleState", "scale", "scale_by_learning_rate"]
+__all__ = ["ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
 
 
 class ScaleByScheduleState(NamedTuple):
-    """The state of `scale_by_learning_rate` with a schedule.
+    """The state of `scale_by_schedule`, and of `scale_by_learning_rate` with a schedule.
 
     Attributes:
         count: Steps taken, an int64 0-d tensor.
@@ -81,10 +81,34 @@ def scale_by_learning_rate(learning_rate: Numeric | Schedule) -> GradientTransfo
     if not callable(learning_rate):
         check_hyperparameter("learning_rate", learning_rate)
         return scale(-learning_rate)
-    return _scale_by_schedule(learning_rate)
+    return _scale_by_schedule(learning_rate, -1, "learning_rate")
 
 
-def _scale_by_schedule(schedule: Callable[[Tensor], Numeric]) -> GradientTransformation:
+def scale_by_schedule(step_size: Schedule) -> GradientTransformation:
+    r"""Multiply the updates by a scalar that depends on the step: :math:`u_t = c(t)\, g_t`.
+
+    Args:
+        step_size: The schedule c, a function of the steps taken so far (an int64 0-d tensor that starts at 0).
+
+    Returns:
+        A transformation with `ScaleByScheduleState`, whose updates keep their dtypes.
+
+    Raises:
+        TypeError: If step_size is not callable; in update, if it gives neither a number nor a floating-point tensor.
+        ValueError: In update, if the schedule gives a tensor with dimensions.
+
+    Example:
+        >>> import torch
+        >>> halving = scale_by_schedule(lambda count: 0.5**count)
+        >>> halving.update(torch.ones(1), ScaleByScheduleState(torch.tensor(2)))[0]
+        tensor([0.2500])
+    """
+    if not callable(step_size):
+        raise TypeError(f"`step_size` must be a schedule; got {type(step_size).__name__}. Use `scale` for a constant.")
+    return _scale_by_schedule(step_size, 1, "step_size")
+
+
+def _scale_by_schedule(schedule: Callable[[Tensor], Numeric], sign: int, name: str) -> GradientTransformation:
     def init(params: Tree) -> ScaleByScheduleState:
         return ScaleByScheduleState(zero_count(flatten_floating(params, "params")[0]))
 
@@ -92,8 +116,8 @@ def _scale_by_schedule(schedule: Callable[[Tensor], Numeric]) -> GradientTransfo
         updates: Tree, state: ScaleByScheduleState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ScaleByScheduleState]:
         rate = schedule(state.count)
-        check_hyperparameter("learning_rate(count)", rate)
-        return _scaled(updates, -rate), ScaleByScheduleState(state.count + 1)
+        check_hyperparameter(f"{name}(count)", rate)
+        return _scaled(updates, sign * rate), ScaleByScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
 

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import optree
-from optree import PyTreeSpec
-
 from diffopt import tree
 from diffopt.transforms.base import EmptyState, GradientTransformation
 from diffopt.transforms.leaves import (
@@ -15,6 +12,7 @@ from diffopt.transforms.leaves import (
     flatten_like,
     precise_dtype,
 )
+from diffopt.transforms.masks import mask_leaves
 from diffopt.typing import Numeric, Tree
 
 __all__ = ["add_decayed_weights"]
@@ -54,7 +52,7 @@ def add_decayed_weights(
 
     def init(params: Tree) -> EmptyState:
         flatten_floating(params, "params")
-        _mask_leaves(mask, params)
+        mask_leaves(mask, params)
         return EmptyState()
 
     def update(updates: Tree, state: EmptyState, params: Tree | None = None, **extra: Any) -> tuple[Tree, EmptyState]:
@@ -65,44 +63,10 @@ def add_decayed_weights(
         grads, treespec = flatten_floating(updates, "updates")
         leaves = flatten_like(params, grads, treespec, name="params")
         out = []
-        for g, p, decays in zip(grads, leaves, _mask_leaves(mask, params), strict=True):
+        for g, p, decays in zip(grads, leaves, mask_leaves(mask, params), strict=True):
             dtype = precise_dtype(g.dtype)
             decayed = (g.to(dtype) + as_dtype(weight_decay, dtype) * p.to(dtype)).to(g.dtype) if decays else g
             out.append(decayed)
         return tree.unflatten(treespec, out), state
 
     return GradientTransformation(init, update)
-
-
-def _mask_leaves(mask: Any, params: Tree) -> list[bool]:
-    """Give one bool a leaf of the parameters."""
-    return _broadcast(True if mask is None else mask(params) if callable(mask) else mask, tree.flatten(params)[1])
-
-
-def _broadcast(mask: Any, params: PyTreeSpec, path: str = "") -> list[bool]:
-    # By hand: torch.compile traces neither optree's broadcast_prefix nor a flatten of Python constants.
-    if isinstance(mask, bool):
-        return [mask] * params.num_leaves
-    if params.is_leaf():
-        raise TypeError(f"`mask{path}` must be a bool; got {type(mask).__name__}: {mask!r:.60}.")
-    children, keys = _children(mask, path), params.entries()
-    if len(children) != len(keys) or any(key not in children for key in keys):
-        raise ValueError(
-            "`mask` must have the structure of `params`, or be a prefix of it. "
-            f"`params{path}` has the keys {keys}; `mask{path}` has {list(children)}."
-        )
-    specs = zip(keys, params.children(), strict=True)
-    return [value for key, spec in specs for value in _broadcast(children[key], spec, f"{path}[{key!r}]")]
-
-
-def _children(mask: Any, path: str) -> dict[Any, Any]:
-    if isinstance(mask, dict):
-        return mask
-    if isinstance(mask, (list, tuple)):
-        return dict(enumerate(mask))
-    if mask is None:
-        return {}
-    if optree.tree_is_leaf(mask):
-        raise TypeError(f"`mask{path}` must be a bool or a tree of bools; got {type(mask).__name__}: {mask!r:.60}.")
-    children, _, keys, _ = optree.tree_flatten_one_level(mask)
-    return dict(zip(keys, children, strict=True))
