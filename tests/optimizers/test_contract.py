@@ -7,11 +7,33 @@ import torch
 from torch.func import grad, jacfwd, jacrev, vmap
 
 from diffopt import autodiff, tree
-from diffopt.optimizers import adam, adamw, sgd
+from diffopt.optimizers import (
+    adabelief,
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    adan,
+    amsgrad,
+    lamb,
+    lars,
+    lion,
+    muon,
+    nadam,
+    prodigy,
+    radam,
+    rmsprop,
+    sam,
+    schedule_free,
+    sgd,
+    yogi,
+)
 from diffopt.transforms import step
 from optimizers.problems import loss, start
 
 MASK = {"w": True, "b": (False, True)}
+ADAM = {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02}
 OPTIMIZERS = {
     "sgd": (sgd, {"learning_rate": 0.05}),
     "momentum": (sgd, {"learning_rate": 0.05, "momentum": 0.8}),
@@ -19,20 +41,61 @@ OPTIMIZERS = {
         lambda learning_rate, momentum: sgd(learning_rate, momentum, True),
         {"learning_rate": 0.05, "momentum": 0.8},
     ),
-    "adam": (adam, {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02}),
-    "nadam": (
-        lambda **options: adam(**options, nesterov=True),
-        {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02},
-    ),
+    "adam": (adam, ADAM),
+    "adam, Nesterov": (lambda **options: adam(**options, nesterov=True), ADAM),
     "adamw": (
         lambda **options: adamw(**options, mask=MASK),
-        {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02, "weight_decay": 0.1},
+        ADAM | {"weight_decay": 0.1},
     ),
     "schedule": (
         lambda learning_rate, rate: sgd(lambda count: learning_rate * rate**count),
         {"learning_rate": 0.05, "rate": 0.7},
     ),
+    "amsgrad": (amsgrad, ADAM),
+    "adamax": (adamax, {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01}),
+    "nadam": (nadam, ADAM | {"momentum_decay": 0.4}),
+    "radam": (radam, ADAM),
+    "adabelief": (adabelief, ADAM),
+    "rmsprop": (rmsprop, {"learning_rate": 0.05, "decay": 0.8, "eps": 0.01, "eps_root": 0.02, "initial_scale": 0.1}),
+    "centered rmsprop": (
+        lambda **options: rmsprop(**options, centered=True),
+        {"learning_rate": 0.05, "decay": 0.8, "eps": 0.01, "eps_root": 0.02, "initial_scale": 0.1, "momentum": 0.6},
+    ),
+    "adagrad": (adagrad, {"learning_rate": 0.05, "initial_accumulator_value": 0.1, "eps": 0.01, "eps_root": 0.02}),
+    "adadelta": (adadelta, {"learning_rate": 0.9, "rho": 0.8, "eps": 0.01, "weight_decay": 0.1}),
+    "lion": (lion, {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "weight_decay": 0.1}),
+    "lamb": (lamb, ADAM | {"weight_decay": 0.1}),
+    "lars": (
+        lambda **options: lars(**options, mask=MASK, trust_ratio_mask=MASK),
+        {"learning_rate": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.7, "eps": 0.02, "momentum": 0.6},
+    ),
+    "yogi": (yogi, ADAM | {"initial_accumulator_value": 0.1}),
+    "adan": (adan, ADAM | {"b3": 0.7, "weight_decay": 0.1}),
+    "muon": (
+        lambda adam_b1, adam_b2, **options: muon(**options, adam_b1=adam_b1, adam_b2=adam_b2, adam_eps_root=0.02),
+        {"learning_rate": 0.05, "momentum": 0.6, "weight_decay": 0.1, "adam_b1": 0.8, "adam_b2": 0.9},
+    ),
+    "schedule_free": (schedule_free, {"learning_rate": 0.05, "b1": 0.8}),
+    "schedule_free, warm-up": (
+        lambda start, slope, b1, weight_lr_power: schedule_free(
+            lambda count: start + slope * count, b1, weight_lr_power=weight_lr_power
+        ),
+        {"start": 0.05, "slope": 0.03, "b1": 0.8, "weight_lr_power": 1.5},
+    ),
+    "sam": (
+        lambda learning_rate, momentum, rho: sam(sgd(learning_rate, momentum), rho),
+        {"learning_rate": 0.05, "momentum": 0.6, "rho": 0.1},
+    ),
+    "adaptive sam": (
+        lambda learning_rate, rho: sam(sgd(learning_rate), rho, adaptive=True),
+        {"learning_rate": 0.05, "rho": 0.1},
+    ),
+    "prodigy": (prodigy, ADAM | {"learning_rate": 0.9, "d0": 0.05, "d_coefficient": 5.0, "weight_decay": 0.1}),
+    "prodigy, b3": (prodigy, ADAM | {"learning_rate": 0.9, "b3": 0.7, "d0": 0.05, "d_coefficient": 5.0}),
 }
+STEPS = {"radam": 7}  # its mean square comes in at the sixth
+# The step is flat in these: the derivative is exactly 0.
+FLAT = {("lion", "b1"), ("lion", "b2")}
 CASES = [(name, key) for name, (_, values) in OPTIMIZERS.items() for key in values]
 
 
@@ -43,13 +106,13 @@ def tensors(name, dtype=torch.float64):
 def unroll(optimizer, params, steps=3, fn=loss):
     state = optimizer.init(params)
     for _ in range(steps):
-        params, state = step(optimizer, grad(fn)(params), state, params)
+        params, state = step(optimizer, grad(fn)(params), state, params, grad_fn=lambda p: grad(fn)(p))
     return params, state
 
 
 def meta_loss(name, values, params):
-    """The loss after three steps, as a function of hyperparameters and start."""
-    return loss(unroll(OPTIMIZERS[name][0](**values), params)[0])
+    """The loss after some steps, as a function of hyperparameters and start."""
+    return loss(unroll(OPTIMIZERS[name][0](**values), params, STEPS.get(name, 3))[0])
 
 
 def assert_trees_close(got, want, **tolerances):
@@ -68,7 +131,7 @@ def test_hypergradient_against_finite_differences(name, key):
     slope = grad(at)(values[key])
     # Central differences err by h^2 and by rounding / h: both are below 1e-9 of the loss.
     want = (at(values[key] + h) - at(values[key] - h)) / (2 * h)
-    assert want.abs() > 1e-6
+    assert (want.abs() > 1e-7) != ((name, key) in FLAT)
     torch.testing.assert_close(slope, want, rtol=1e-6, atol=1e-8)
 
 
@@ -116,9 +179,9 @@ def test_shared_state_and_batched_gradients(name):
     optimizer, params = make(**values), start()
     state = optimizer.init(params)
     batch = tree.map(lambda p: torch.stack([p, 2 * p, -3 * p]), params)
-    updates, states = vmap(lambda g: optimizer.update(g, state, params))(batch)
+    updates, states = vmap(lambda g: optimizer.update(g, state, params, grad_fn=grad(loss)))(batch)
     for i in range(3):
-        want = optimizer.update(tree.map(lambda b, i=i: b[i], batch), state, params)
+        want = optimizer.update(tree.map(lambda b, i=i: b[i], batch), state, params, grad_fn=grad(loss))
         assert_trees_close(tree.map(lambda u, i=i: u[i], (updates, states)), want)
 
 
@@ -133,7 +196,7 @@ def test_jacobian_of_the_end_in_the_start_composes_with_vmap(name):
     assert_trees_close(vmap(jacrev(end))(x), torch.stack([jacrev(end)(row) for row in x]))
 
 
-@pytest.mark.parametrize("name", ["nesterov", "nadam", "adamw", "schedule"])
+@pytest.mark.parametrize("name", ["nesterov", "adam, Nesterov", "adamw", "schedule", "lamb", "muon", "sam"])
 def test_compiled_meta_gradient_of_an_unroll(name):
     values, params = tensors(name, torch.float32), start(torch.float32)
     meta_gradient = grad(lambda v, p: meta_loss(name, v, p), argnums=(0, 1))
@@ -166,7 +229,7 @@ def test_states_hold_only_tensors_and_resume_exactly(name):
     resumed = torch.load(file, weights_only=False)
     results = []
     for params, state in (half, resumed):
-        params, state = step(optimizer, grad(loss)(params), state, params)
+        params, state = step(optimizer, grad(loss)(params), state, params, grad_fn=grad(loss))
         results.append((params, state))
     assert_trees_close(results[1], results[0], rtol=0, atol=0)
 
@@ -178,13 +241,13 @@ def test_nothing_is_mutated(name):
     grads = grad(loss)(params)
     arguments = (grads, state, params)
     before, versions = tree.map(torch.clone, arguments), [x._version for x in tree.leaves(arguments)]
-    optimizer.update(*arguments)
-    step(optimizer, *arguments)
+    optimizer.update(*arguments, grad_fn=grad(loss))
+    step(optimizer, *arguments, grad_fn=grad(loss))
     assert_trees_close(arguments, before, rtol=0, atol=0)
     assert [x._version for x in tree.leaves(arguments)] == versions
 
 
-@pytest.mark.parametrize("name", ["momentum", "nadam", "adamw"])
+@pytest.mark.parametrize("name", ["momentum", "adam, Nesterov", "adamw", "lamb", "prodigy"])
 def test_odd_tensors(name):
     make, values = OPTIMIZERS[name]
     make = adamw if name == "adamw" else make
@@ -202,8 +265,9 @@ def test_odd_tensors(name):
 @pytest.mark.parametrize("empty", [{}, (), [], {"w": None}])
 def test_empty_trees(name, empty):
     make, values = OPTIMIZERS[name]
-    optimizer = adamw(**values) if name == "adamw" else make(**values)
-    new, _ = step(optimizer, empty, optimizer.init(empty), empty)
+    make = {"adamw": adamw, "lars": lars}.get(name, make)
+    optimizer = make(**values)
+    new, _ = step(optimizer, empty, optimizer.init(empty), empty, grad_fn=lambda params: params)
     assert new == empty
 
 
