@@ -2,6 +2,8 @@
 
 import io
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from torch.func import grad, jacfwd, jacrev, vmap
@@ -269,6 +271,25 @@ def test_empty_trees(name, empty):
     optimizer = make(**values)
     new, _ = step(optimizer, empty, optimizer.init(empty), empty, grad_fn=lambda params: params)
     assert new == empty
+
+
+SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(name=st.sampled_from([name for name in OPTIMIZERS if name not in ("adamw", "lars")]), shapes=SHAPES)
+def test_any_tree_keeps_its_structure_and_shapes(name, shapes):
+    make, values = OPTIMIZERS[name]
+    params = {"a": [torch.full(shape, 0.5 + i) for i, shape in enumerate(shapes)], "b": None}
+    optimizer = make(**values)
+    state = optimizer.init(params)
+    for _ in range(2):
+        grads = tree.map(torch.sin, params)
+        params, new = step(optimizer, grads, state, params, grad_fn=lambda params: tree.map(torch.sin, params))
+        tree.check_like(new, state)
+        state = new
+    assert [tuple(leaf.shape) for leaf in params["a"]] == shapes
+    assert all(torch.isfinite(leaf).all() for leaf in params["a"])
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
