@@ -59,7 +59,7 @@ def schedule_free(
 
     Args:
         learning_rate: The rate :math:`\alpha`, above 0, a number, a 0-d tensor or a schedule for the warm-up.
-        b1: The weight of the average in y, in [0, 1], a number or a 0-d tensor.
+        b1: The weight of the average in y, in [0, 1), a number or a 0-d tensor.
         base: What scales the gradient, without momentum: such as ``scale_by_adam(b1=0.0)`` for the paper's
             AdamW. Default: nothing, for SGD.
         weight_lr_power: The power p of the learning rate in the weights of the average, at least 0.
@@ -83,7 +83,7 @@ def schedule_free(
     """
     if not callable(learning_rate):
         check_hyperparameter("learning_rate", learning_rate, above=0.0)
-    check_hyperparameter("b1", b1, at_least=0.0)
+    check_hyperparameter("b1", b1, at_least=0.0, below=1.0)
     check_hyperparameter("weight_lr_power", weight_lr_power, at_least=0.0)
     inner = identity() if base is None else base
 

@@ -1,4 +1,4 @@
-"""The papers' update equations in NumPy, one leaf at a time, written without a look at diffopt."""
+"""The update equations in NumPy, one leaf at a time, as references that share no code with diffopt."""
 
 import numpy as np
 
