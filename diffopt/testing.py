@@ -31,7 +31,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The cells of one operator; `str` prints them."""
+    """The cells of one operator; `str` prints them, wrong ones first."""
 
     cells: tuple[Cell, ...]
 
@@ -42,7 +42,8 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(cell.name) for cell in self.cells)
-        return "\n".join(f"{c.name:{width}}  {c.status:6}  {c.detail}" for c in self.cells)
+        ordered = sorted(self.cells, key=lambda cell: cell.status != "wrong")
+        return "\n".join(f"{c.name:{width}}  {c.status:6}  {c.detail}" for c in ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _backward_twice(p: _Problem, fn, z: Tensor) -> Tensor:
 
 def _dual_level(p: _Problem) -> Tensor:
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(p.fn(forward_ad.make_dual(p.z, p.v))).tangent
+        tangent = forward_ad.unpack_dual(p.fn(forward_ad.make_dual(p.z, p.z.cos()))).tangent
     assert tangent is not None
     return tangent
 
@@ -151,6 +152,7 @@ CELLS: Mapping[str, Callable[[_Problem], Tensor]] = {
     "backward, thrice": lambda p: _backward_twice(p, p.scalar, p.z),
     "backward(vmap), thrice": lambda p: _backward_twice(p, lambda Z: vmap(p.scalar)(Z).sum(), p.batch),
     "dual_level": _dual_level,
+    "dual_level(vmap)": lambda p: _dual_level(dataclasses.replace(p, fn=vmap(p.fn), z=p.batch)),
     "gradcheck": _gradcheck,
     "gradgradcheck": _gradgradcheck,
     "compile": lambda p: p.compile(p.fn, p.z),
@@ -225,7 +227,10 @@ def check_composition(
 
     z = torch.cat(vectors).detach()
     ours, theirs = (_Problem(flattened(f), z, sizes[0], backend or "eager") for f in (fn, reference))
-    names = [n for n in cells or CELLS if backend is not None or not n.startswith("compile")]
+    for name in (*(cells or ()), *(may_raise or {})):
+        if name not in CELLS:
+            raise ValueError(f"there is no cell {name!r}; the cells are {', '.join(CELLS)}")
+    names = [n for n in (CELLS if cells is None else cells) if backend is not None or not n.startswith("compile")]
     found = tuple(_check_cell(name, ours, theirs, tol, (may_raise or {}).get(name)) for name in names)
     report = Report(found)
     if report.bad:
@@ -243,6 +248,8 @@ def _check_cell(name: str, ours: _Problem, theirs: _Problem, tol: float, allowed
         advice = re.search(allowed, message) if allowed is not None else None
         return Cell(name, "raises", advice.group()) if advice else Cell(name, "wrong", message[:400])
     expected = CELLS[_EAGER.get(name, name)](theirs)
+    if not bool(expected.isfinite().all()) and bool(value.isfinite().all()):
+        return Cell(name, "wrong", "the reference is not finite here; move the arguments")
     error = (value - expected).abs().max().item() if value.shape == expected.shape and value.numel() else float("nan")
     right = error <= tol * (1 + expected.abs().max().item())
     return Cell(name, "right" if right else "wrong", f"{error:.1e}")
@@ -291,8 +298,17 @@ def check_hypergradient(
         if not bool((errors <= limit).all()):
             i = int(errors.nan_to_num(torch.inf).argmax())
             raise AssertionError(
-                f"argument {n}, element {i}: gradient {gradient[i].item():.10g}, central difference "
+                f"argument {n}{_place(value, i)}: gradient {gradient[i].item():.10g}, central difference "
                 f"{differences[i].item():.10g}, allowed error {limit:.1e}"
             )
         worst = max(worst, errors.max().item())
     return worst
+
+
+def _place(value: Any, index: int) -> str:
+    """Where an element of the raveled tree stands: the path of its leaf, and its place in it."""
+    for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True):
+        if index < leaf.numel():
+            return f"{path}, element {index}"
+        index -= leaf.numel()
+    return ""

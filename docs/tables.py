@@ -36,7 +36,14 @@ GROUPS = {
         "grad(vmap(grad))",
         "grad(vmap(vmap))",
     ),
-    "plain autograd": ("backward, thrice", "backward(vmap), thrice", "dual_level", "gradcheck", "gradgradcheck"),
+    "plain autograd": (
+        "backward, thrice",
+        "backward(vmap), thrice",
+        "dual_level",
+        "dual_level(vmap)",
+        "gradcheck",
+        "gradgradcheck",
+    ),
     "compile": ("compile", "compile(grad)", "compile(grad(grad))", "compile(vmap(grad))"),
 }
 """The columns of the composition table, and the cells in each."""

@@ -13,8 +13,9 @@ import optree
 import torch
 from torch import Tensor
 
-from diffopt.autodiff.closures import hoist
-from diffopt.autodiff.custom_derivative import custom_derivative, rules_of
+from diffopt.autodiff.closures import check_closed, hoist
+from diffopt.autodiff.custom_derivative import Rules, by_rule, rules_of
+from diffopt.autodiff.levels import derivative_wanted
 from diffopt.tree import partition
 
 __all__ = ["checkpoint", "unroll"]
@@ -23,8 +24,10 @@ __all__ = ["checkpoint", "unroll"]
 def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
     r"""Make a function that stores only its inputs for the backward pass, and computes the rest again there.
 
-    Composes with every transform, unlike `torch.utils.checkpoint`. `fn` must be deterministic: draw random numbers
-    from explicit keys.
+    Composes with every transform, unlike `torch.utils.checkpoint`. Memory is saved under `diffopt.grad` (also mapped by
+    `vmap`), `.backward()` and `torch.func.vjp`; `torch.func.grad` gives the same gradient, but keeps the graph of its
+    own backward pass, and with it what was recomputed. `fn` must be deterministic: dropout would draw another mask the
+    second time, so draw random numbers from explicit keys.
 
     Args:
         fn: takes and returns trees of tensors; arguments that are not tensors are passed as they are.
@@ -48,14 +51,18 @@ def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
-        rebuild, captured, _ = hoist(fn)
-        return _recomputed(lambda found, args, kwargs: rebuild(*found)(*args, **kwargs), captured, args, kwargs)
+        rebuild, captured, complete = hoist(fn)
+
+        def closed(found, args, kwargs):
+            return rebuild(*found)(*args, **kwargs)
+
+        return _recomputed(closed, captured, args, kwargs, complete=complete)
 
     return wrapped
 
 
-def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` for a function that captures nothing tracked, storing only the arguments."""
+def _recomputed(fn: Callable[..., Any], *args: Any, complete: bool = True) -> Any:
+    """`fn(*args)` storing only the arguments, for a function that captures nothing tracked, known if `complete`."""
     tensors, merge = partition(args)
     out_spec = None
 
@@ -72,8 +79,10 @@ def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
         with torch.enable_grad():
             return flat(*(x.detach() for x in inputs))
 
+    if not complete and derivative_wanted():
+        check_closed(flat, tensors, name="the checkpointed function")
     vjp, jvp = rules_of(flat)
-    out = custom_derivative(primal, vjp=vjp, jvp=jvp)(*tensors)
+    out = by_rule(Rules(primal, vjp, jvp, "vmap"))(*tensors)
     assert out_spec is not None
     return out_spec.unflatten(out)
 
@@ -90,6 +99,8 @@ def unroll(
     r"""Run a step T times, differentiably, in as much memory as you allow.
 
     .. math:: (c_{t+1}, y_t) = \text{step}(c_t, x_t), \qquad t = 0, \dots, T - 1
+
+    With checkpoints, differentiate by `diffopt.grad` or `.backward()`: see `checkpoint` for why not `torch.func.grad`.
 
     Args:
         step: `(carry, x) -> (carry, y)`; `y` may be None or any tree of tensors of fixed shapes.
@@ -125,7 +136,9 @@ def unroll(
     if truncate is not None and not (_is_int(truncate) and truncate >= 1):
         raise ValueError(f"truncate must be None or a positive int; got {truncate!r}")
     strategy = None if torch.compiler.is_compiling() else checkpoint
-    rebuild, consts, _ = hoist(step)
+    rebuild, consts, complete = (lambda: step, [], True) if strategy is None else hoist(step)
+    if not complete and size and derivative_wanted():
+        _check_step(rebuild, consts, carry, _rows(xs, 0, 1))
     run = functools.partial(_run, rebuild, strategy)
 
     window = truncate or max(size, 1)
@@ -134,7 +147,8 @@ def unroll(
         if stop == start:
             continue
         if start:
-            carry = optree.tree_map(lambda leaf: leaf.detach(), carry)
+            tensors, merge = partition(carry)
+            carry = merge([t.detach() for t in tensors])
         carry, found = run(consts, carry, _rows(xs, start, stop), stop - start)
         ys.append(found)
         start = stop
@@ -150,9 +164,21 @@ def _length(xs, length):
     if None in sizes or len(sizes) > 1:
         raise ValueError(f"xs must be a tree of tensors that share their first dimension; got {sizes}")
     size = sizes.pop() if sizes else length
+    if length is not None and not _is_int(length):
+        raise TypeError(f"length must be an int; got {length!r}")
     if size is None or size < 0 or (length is not None and length != size):
         raise ValueError(f"give xs or a non-negative length that agrees with it; got {size} rows and length={length}")
     return size
+
+
+def _check_step(rebuild, consts, carry, row):
+    tensors, merge = partition((carry, row))
+
+    def once(*inputs):
+        carry, row = merge(inputs[len(consts) :])
+        return _plain(rebuild(*inputs[: len(consts)]), carry, row, 1)
+
+    check_closed(once, (*consts, *tensors), name="the step")
 
 
 def _run(rebuild, strategy, consts, carry, xs, size):
@@ -185,7 +211,10 @@ def _bisect(rebuild, consts, carry, xs, size):
 def _plain(step, carry, xs, size):
     ys = []
     for t in range(size):
-        carry, y = step(carry, optree.tree_map(lambda leaf, t=t: leaf[t], xs))
+        out = step(carry, optree.tree_map(lambda leaf, t=t: leaf[t], xs))
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"step must return (carry, y), y possibly None; got {type(out).__name__}")
+        carry, y = out
         ys.append(y)
     return carry, optree.tree_map(lambda *rows: torch.stack(rows), *ys) if ys else None
 

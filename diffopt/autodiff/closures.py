@@ -25,11 +25,11 @@ __all__ = ["check_closed", "hoist"]
 
 Build: TypeAlias = Callable[["_Rebuild"], Any]
 
-_MOST_ITEMS = 256  # longer containers are data, not structure; what they hide, check_closed finds
-_MOST_VISITS = 10_000
-_LIBRARIES = tuple(
-    str(pathlib.Path(p).parent) for p in (torch.__file__, optree.__file__, pathlib.Path(__file__).parent)
-)
+_MOST_ITEMS = 4096  # longer containers are data, not structure; what they hide, check_closed finds
+_MOST_VISITS = 200_000
+_HERE = pathlib.Path(__file__).parent
+_LIBRARIES = tuple(str(pathlib.Path(p).parent) for p in (torch.__file__, optree.__file__, _HERE))
+_GRAPHS = (str(pathlib.Path(torch.__file__).parent / "_functorch"), str(_HERE / "gradients.py"))
 
 
 class Hoisted(NamedTuple):
@@ -52,7 +52,7 @@ def hoist(*fns: Any) -> Hoisted:
     Returns:
         `(rebuild, captured, complete)`: `rebuild(*values)` returns the function (or the tuple of functions, if several
         were given) with `values` in the places of the tracked tensors, each once and in order; `complete` tells that
-        everything was seen and nothing is tracked, so that `check_closed` is not needed.
+        everything was seen and can be rebuilt, so that `check_closed` is not needed.
 
     Example:
         >>> w = torch.tensor(2.0, requires_grad=True)
@@ -73,7 +73,7 @@ def hoist(*fns: Any) -> Hoisted:
         new = tuple(made.get(fn, build) for fn, build in zip(fns, builds, strict=True))
         return new[0] if len(fns) == 1 else new
 
-    return Hoisted(rebuild, plan.captured, False)
+    return Hoisted(rebuild, plan.captured, complete and not plan.cyclic)
 
 
 def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str) -> list[Any]:
@@ -118,11 +118,10 @@ def _function_parts(fn: types.FunctionType) -> list[Any]:
     if eager is not None:
         return [eager]
     cells = [_contents(cell) for cell in fn.__closure__ or ()]
-    if _in_library(fn.__code__.co_filename):
-        # a pullback's tensors are tied to a graph that stand-ins would not be part of
-        return _HIDDEN if any(isinstance(leaf, Tensor) for leaf in tree.leaves(cells)) else cells
-    scope = fn.__globals__
-    cells += [scope[n] for n in _global_names(fn.__code__) if n in scope]
+    if fn.__code__.co_filename.startswith(_GRAPHS) and any(isinstance(leaf, Tensor) for leaf in tree.leaves(cells)):
+        return _HIDDEN  # a pullback's tensors are tied to a graph that stand-ins would not be part of
+    names = _global_names(fn.__code__)
+    cells += [fn.__globals__[n] for n in names if n in fn.__globals__]
     return [*cells, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
 
 
@@ -134,9 +133,8 @@ def _make_function(fn: types.FunctionType, parts: list[Any]) -> Callable[..., An
         cell if _contents(cell) is (value := next(given)) else types.CellType(value) for cell in fn.__closure__ or ()
     )
     scope = fn.__globals__
-    if not _in_library(fn.__code__.co_filename):
-        names = [n for n in _global_names(fn.__code__) if n in scope]
-        scope = {**scope, **{n: next(given) for n in names}} if names else scope
+    names = [n for n in _global_names(fn.__code__) if n in scope]
+    scope = {**scope, **{n: next(given) for n in names}} if names else scope
     defaults = tuple(next(given) for _ in fn.__defaults__ or ()) or None
     made = types.FunctionType(fn.__code__, scope, fn.__name__, defaults, closure or None)
     made.__kwdefaults__ = {n: next(given) for n in fn.__kwdefaults__ or ()} or None
@@ -220,7 +218,7 @@ def _kind(item: Any) -> _Kind:
 
 def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
     """Whether something tracked is reached, and whether everything was seen: cheaper than planning a rebuild."""
-    stack, seen, complete = list(roots), {}, True
+    stack, seen, tracked, complete = list(roots), {}, False, True
     while stack:
         item = stack.pop()
         kind = type(item)
@@ -231,15 +229,14 @@ def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
             continue
         seen[id(item)] = item  # kept, so that no id is reused
         if isinstance(item, Tensor):
-            if is_tracked(item):
-                return True, False
+            tracked = tracked or is_tracked(item)
             continue
         parts = _kind(item).parts(item)
         complete = complete and parts is not _HIDDEN
         stack += parts
         if len(seen) > _MOST_VISITS:
-            return False, False
-    return False, complete
+            return True, False
+    return tracked, complete
 
 
 def _is_transparent(leaf: Any) -> bool:
@@ -271,6 +268,8 @@ class _Plan:
     def __init__(self):
         self.captured: list[Tensor] = []
         self.builds: dict[int, tuple[Any, Build | None]] = {}  # by id, with the object, so that no id is reused
+        self.open: set[int] = set()
+        self.cyclic = False
 
     def visit(self, item: Any) -> Build | None:
         if type(item) in _LEAVES:
@@ -278,9 +277,12 @@ class _Plan:
         if id(item) not in self.builds:
             if len(self.builds) >= _MOST_VISITS:
                 return None
-            # a cycle keeps the original; check_closed sees what that hides
             self.builds[id(item)] = item, None
+            self.open.add(id(item))
             self.builds[id(item)] = item, self._tensor(item) if isinstance(item, Tensor) else self._other(item)
+            self.open.remove(id(item))
+        elif id(item) in self.open:
+            self.cyclic = True  # keeps the original; check_closed sees what that hides
         return self.builds[id(item)][1]
 
     def _tensor(self, tensor: Tensor) -> Build | None:
@@ -307,13 +309,10 @@ def _contents(cell: types.CellType) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_library(filename: str) -> bool:
-    return filename.startswith(_LIBRARIES)
-
-
-@functools.lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function's code, and the functions defined in it, may look up in its globals."""
+    """The names that a user's function, and the functions defined in it, may look up in its globals."""
+    if code.co_filename.startswith(_LIBRARIES):
+        return ()
     own = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     nested = (name for c in code.co_consts if isinstance(c, types.CodeType) for name in _global_names(c))
     return tuple(dict.fromkeys((*own, *nested)))

@@ -10,19 +10,21 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from diffopt.autodiff.closures import hoist
 from diffopt.autodiff.gradients import jvp as jvp_of
 from diffopt.autodiff.gradients import vjp as vjp_of
 from diffopt.autodiff.levels import (
     derivative_possible,
     enable_forward_ad,
     functorch_active,
+    is_legacy_batchedtensor,
     is_tracked,
     level_primals,
     transforms_active,
     unwrap_if_dead,
 )
 
-__all__ = ["Batching", "choose", "custom_derivative", "rules_of"]
+__all__ = ["Batching", "Rules", "by_rule", "choose", "custom_derivative", "rules_of"]
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Partial: TypeAlias = tuple[Tensor | None, ...]
@@ -31,6 +33,8 @@ Batching: TypeAlias = Literal["vmap", "sequential"] | Callable[[Primal, tuple[in
 
 
 class Rules(NamedTuple):
+    """A function and its derivatives, as `custom_derivative` takes them."""
+
     primal: Callable[..., Tensors]
     vjp: Callable[[Tensors, Tensors, Partial, tuple[bool, ...]], Partial]
     jvp: Callable[[Tensors, Tensors, Partial], Partial]
@@ -70,7 +74,9 @@ def custom_derivative(
 
     Raises:
         RuntimeError: under `torch.compile` without `traceable`.
-        TypeError: if `primal` does not return a tuple of tensors.
+        TypeError: if `primal` does not return a tuple of tensors, or a rule does not return what it should.
+        ValueError: when called, if the function or a rule captured a tensor that carries gradient or a batch
+            dimension.
 
     Example:
         >>> def cube_vjp(inputs, outputs, cotangents, wanted):
@@ -83,7 +89,21 @@ def custom_derivative(
     """
     if batching not in ("vmap", "sequential") and not callable(batching):
         raise ValueError(f'batching must be "vmap", "sequential" or a callable; got {batching!r}')
-    rules = Rules(primal, vjp, jvp, batching)
+    apply = by_rule(Rules(primal, vjp, jvp, batching), traceable)
+
+    def checked(*inputs: Tensor) -> Tensors:
+        if hoist(primal, vjp, jvp).captured:
+            raise ValueError(
+                "the function or a rule captured a tensor that carries gradient or a batch dimension; its gradient "
+                "would be lost: make it an input"
+            )
+        return apply(*inputs)
+
+    return checked
+
+
+def by_rule(rules: Rules, traceable: Callable[..., Tensors] | None = None) -> Callable[..., Tensors]:
+    """`custom_derivative` for rules that are known to capture nothing tracked."""
 
     def apply(*inputs: Tensor) -> Tensors:
         if torch.compiler.is_compiling():
@@ -91,7 +111,7 @@ def custom_derivative(
         if derivative_possible(inputs):
             return _CustomDerivative.apply(rules, *inputs)
         with torch.no_grad():
-            return _evaluate(primal, inputs)
+            return _evaluate(rules.primal, inputs)
 
     return apply
 
@@ -150,8 +170,8 @@ def choose(
 def _trace(traceable, inputs):
     if traceable is None:
         raise RuntimeError(
-            "this operator's work depends on data and cannot be compiled: compile the code around it, compile one "
-            "step of it, or use its dense or fixed-iteration form"
+            "this operator cannot be compiled: compile the code around it, compile one step of it, use its dense or "
+            "fixed-iteration form, or give custom_derivative a `traceable` one"
         )
     return traceable(*inputs)
 
@@ -163,6 +183,17 @@ def _evaluate(primal, inputs):
     # autograd gives an input returned as it is, or as a view, a history of its own
     same = {id(x) for x in inputs}
     return tuple([o.clone() if o._base is not None or id(o) in same else o for o in outputs])
+
+
+def _checked_rule(name: str, found: Any, like: Sequence[Tensor], wanted: Sequence[bool]) -> Partial:
+    if not isinstance(found, tuple) or len(found) != len(like):
+        size = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        raise TypeError(f"the {name} rule must return a tuple of {len(like)}; got {size}")
+    for i, (value, x, w) in enumerate(zip(found, like, wanted, strict=True)):
+        if w and (not isinstance(value, Tensor) or value.shape != x.shape):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"entry {i} of the {name} rule's result must have shape {tuple(x.shape)}; got {got}")
+    return found
 
 
 def _differentiable(tensor: Tensor) -> bool:
@@ -206,8 +237,13 @@ class _CustomDerivative(torch.autograd.Function):
         saved = tuple(map(unwrap_if_dead, ctx.saved_tensors))
         inputs, outputs = saved[: ctx.count], saved[ctx.count :]
         wanted = tuple(ctx.needs_input_grad[1:])
+        if any(is_legacy_batchedtensor(c) for c in cotangents):
+            raise RuntimeError(
+                "is_grads_batched=True and vectorize=True use an older vmap that cannot map this operator; use "
+                "torch.func.jacrev, or torch.func.vmap over the pullback of torch.func.vjp"
+            )
         cotangents = tuple(c if _differentiable(o) else None for c, o in zip(cotangents, outputs, strict=True))
-        found = ctx.rules.vjp(inputs, outputs, cotangents, wanted)
+        found = _checked_rule("vjp", ctx.rules.vjp(inputs, outputs, cotangents, wanted), inputs, wanted)
         return None, *(f if w else None for f, w in zip(found, wanted, strict=True))
 
     @staticmethod
@@ -219,7 +255,8 @@ class _CustomDerivative(torch.autograd.Function):
             for x, t in zip(inputs, tangents, strict=True)
         )
         with enable_forward_ad():
-            found = ctx.rules.jvp(inputs, outputs, tangents)
+            moving = tuple(map(_differentiable, outputs))
+            found = _checked_rule("jvp", ctx.rules.jvp(inputs, outputs, tangents), outputs, moving)
         return tuple(f if _differentiable(o) else None for f, o in zip(found, outputs, strict=True))
 
     @staticmethod

@@ -7,7 +7,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt.autodiff.custom_derivative import Tensors, custom_derivative, rules_of
+from diffopt.autodiff.closures import hoist
+from diffopt.autodiff.custom_derivative import Rules, Tensors, by_rule, rules_of
 
 __all__ = ["fused_op"]
 
@@ -52,14 +53,23 @@ def fused_op(reference: Launcher, forward: Launcher, backward: Launcher | None =
             return tuple(torch.zeros_like(x) if f is None else f for f, x in zip(found, inputs, strict=True))
 
         plain_vjp, plain_jvp = rules_of(plain)
-        return custom_derivative(
-            backward or plain, vjp=plain_vjp, jvp=plain_jvp, batching=_fold(count) if backward else "vmap"
-        )
+        return by_rule(Rules(backward or plain, plain_vjp, plain_jvp, _fold(count) if backward else "vmap"))
 
     def fused_vjp(inputs, outputs, cotangents, wanted):
         return backward_op(len(inputs))(*inputs, *cotangents)
 
-    return custom_derivative(forward, vjp=fused_vjp, jvp=reference_jvp, batching=_fold(None), traceable=reference)
+    op = by_rule(Rules(forward, fused_vjp, reference_jvp, _fold(None)), reference)
+
+    @functools.wraps(reference)
+    def fused(*inputs: Tensor) -> Tensors:
+        if hoist(reference, forward, backward).captured:
+            raise ValueError(
+                "the functions of a fused_op captured a tensor that carries gradient or a batch dimension; its "
+                "gradient would be lost: make it an input"
+            )
+        return op(*inputs)
+
+    return fused
 
 
 def _fold(shaped: int | None):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
-from diffopt.autodiff.levels import dual_only, transforms_active
+from diffopt.autodiff.levels import dual_only, plain_autograd, transforms_active, unwrap_if_dead
 from diffopt.tree import flatten, partition
 
 __all__ = ["grad", "jvp", "linearize", "value_and_grad", "vjp"]
@@ -64,9 +64,8 @@ def linearize(fn: Callable[..., Any], *primals: Tensor) -> tuple[Any, Pull, Push
         >>> pullback(torch.ones(1)), pushforward(torch.tensor([1.0, 0.0]))
         ((tensor([3., 2.]),), (tensor([3.]),))
     """
-    if torch.compiler.is_compiling() or transforms_active():
-        return _functional_linearize(fn, primals)
-    return _autograd_linearize(fn, primals)
+    primals = tuple(map(unwrap_if_dead, primals))
+    return _autograd_linearize(fn, primals) if plain_autograd() else _functional_linearize(fn, primals)
 
 
 def pullbacks(fn: Callable[..., Tensor], *primals: Tensor) -> list[Callable[[Tensor], Tensor]]:
@@ -112,6 +111,8 @@ def _autograd_linearize(fn, primals):
         return _backward(results, at, weights, keep=True, create=again)
 
     def pullback(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        if len(cotangents) != len(outs):
+            raise ValueError(f"the pullback takes {len(outs)} cotangents, one an output; got {len(cotangents)}")
         if not live:
             return tuple(map(torch.zeros_like, primals))
         return differentiate(live, inputs, [c for o, c in zip(outs, cotangents, strict=True) if o.requires_grad])
@@ -188,6 +189,8 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Te
         tensor(2.)
     """
     primals, tangents = tuple(primals), tuple(tangents)
+    if any(p.is_complex() for p in primals):
+        raise TypeError("jvp takes real tensors; pass torch.view_as_real of complex ones")
     if torch.compiler.is_compiling() or (transforms_active() and not dual_only()):
         return torch.func.jvp(fn, primals, tangents)[:2]
     out, _, pushforward = linearize(fn, *primals)
@@ -220,16 +223,16 @@ def value_and_grad(
         >>> value_and_grad(lambda x: (x**2).sum())(torch.tensor([1.0, 2.0]))
         (tensor(5.), tensor([2., 4.]))
     """
-    argnums_tuple = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    argnums_tuple = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         leaves, spec = _differentiated(args, argnums_tuple)
-        if torch.compiler.is_compiling() or transforms_active():
+        if not plain_autograd():
             value, aux, grads = _functional(fn, args, kwargs, argnums_tuple, has_aux, leaves, spec)
         else:
             value, aux, grads = _autograd(fn, args, kwargs, argnums_tuple, has_aux, leaves, spec)
-        grads = grads[0] if isinstance(argnums, int) else grads
+        grads = grads if isinstance(argnums, (tuple, list)) else grads[0]
         return ((value, aux) if has_aux else value), grads
 
     return wrapped
@@ -267,6 +270,10 @@ def grad(fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, *, has_aux:
 
 
 def _differentiated(args: tuple, argnums: tuple[int, ...]):
+    if not all(isinstance(n, int) for n in argnums):
+        raise TypeError(f"argnums must be ints; got {argnums}")
+    if len({n % max(len(args), 1) for n in argnums}) < len(argnums):
+        raise ValueError(f"argnums must name different arguments; got {argnums}")
     for n in argnums:
         if not -len(args) <= n < len(args):
             raise ValueError(f"argnums names argument {n}, but {len(args)} positional arguments were given")
@@ -283,7 +290,11 @@ def _call(fn, args, kwargs, argnums, values, has_aux):
     for n, value in zip(argnums, values, strict=True):
         args[n] = value
     out = fn(*args, **kwargs)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"with has_aux=True the function must return (scalar, aux); got {type(out).__name__}")
     value, aux = out if has_aux else (out, None)
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError("the function must return a real scalar; got a complex one. Take its .real or .abs()")
     if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() > 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"the function must return a scalar tensor; got {found}. Reduce it, for example by .sum()")
@@ -301,8 +312,10 @@ def _functional(fn, args, kwargs, argnums, has_aux, leaves, spec):
 
     if not leaves:
         return *_call(fn, args, kwargs, argnums, spec.unflatten(()), has_aux), spec.unflatten(())
-    wanted = tuple(range(len(leaves)))
-    grads, (value, tensors) = torch.func.grad_and_value(scalar, wanted, has_aux=True)(*leaves)
+    # not torch.func.grad: that one keeps the graph of its own backward pass, which undoes checkpoints
+    found: Any = torch.func.vjp(scalar, *leaves, has_aux=True)
+    value, pull, tensors = found
+    grads = pull(torch.ones_like(value))
     assert merge_aux is not None
     return value, merge_aux(tensors), spec.unflatten(grads)
 
@@ -312,7 +325,8 @@ def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
     with torch.enable_grad():
         inputs = _fresh(leaves, connected)
         value, aux = _call(fn, args, kwargs, argnums, spec.unflatten(inputs), has_aux)
-    create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf((value,), inputs))
+    reached = (value, *partition(aux)[0]) if has_aux else (value,)
+    create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf(reached, inputs))
     if inputs and value.requires_grad:
         grads = _backward((value,), inputs, (torch.ones_like(value),), keep=create, create=create)
     else:

@@ -11,9 +11,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import (  # no public way to look inside a functorch wrapper
+    TransformType,
+    get_interpreter_stack,
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
     maybe_get_bdim,
     maybe_get_level,
     peek_interpreter_stack,
@@ -25,13 +28,16 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled  # a Function's jvp 
 __all__ = [
     "any_lane",
     "derivative_possible",
+    "derivative_wanted",
     "dual_only",
     "enable_forward_ad",
     "first_lane",
     "functorch_active",
+    "is_legacy_batchedtensor",
     "is_live",
     "is_tracked",
     "level_primals",
+    "plain_autograd",
     "transforms_active",
     "unwrap_if_dead",
     "unwrap_lanes",
@@ -63,12 +69,24 @@ def derivative_possible(tensors: Iterable[Tensor]) -> bool:
     return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
+def derivative_wanted() -> bool:
+    """Whether a derivative of what is computed now may be asked for, in tensors that are not in sight."""
+    return torch.is_grad_enabled() or transforms_active()
+
+
 def dual_only() -> bool:
-    """Whether a base `forward_ad.dual_level` is live with no `torch.func` transform above it.
+    """Whether the innermost forward level is a base `forward_ad.dual_level`, under any other transforms.
 
     There `torch.func.jvp` raises, so derivatives must be taken by two reverse passes.
     """
-    return forward_ad._current_level >= 0 and peek_interpreter_stack() is None
+    if forward_ad._current_level < 0:
+        return False
+    return not any(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
+
+
+def plain_autograd() -> bool:
+    """Whether derivatives may be taken by `torch.autograd` directly: no transform, no inference mode, not compiling."""
+    return not (torch.compiler.is_compiling() or transforms_active() or torch.is_inference_mode_enabled())
 
 
 def is_tracked(tensor: Tensor) -> bool:

@@ -8,15 +8,18 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import check_closed, custom_derivative, hoist
-from diffopt.autodiff.levels import derivative_possible
+from diffopt.autodiff import check_closed, hoist
+from diffopt.autodiff.custom_derivative import Rules, by_rule
+from diffopt.autodiff.levels import derivative_possible, derivative_wanted
 from diffopt.implicit.root import check_equation, root_rules
 from diffopt.linalg import Dense, LinearSolver
 from diffopt.linalg.operators import Space
+from diffopt.linalg.solve import check_solver
 from diffopt.typing import Tree
 
 __all__ = ["custom_fixed_point", "custom_root"]
@@ -82,7 +85,7 @@ def custom_root(
     References:
         Blondel et al. (2022), Efficient and modular implicit differentiation, eqs. 1 to 3.
     """
-    options = _Options(solve, symmetric, has_aux, batching)
+    options = _checked(optimality_fun, _Options(solve, symmetric, has_aux, batching))
     return functools.partial(_decorate, optimality_fun, options, "optimality_fun")
 
 
@@ -132,9 +135,18 @@ def custom_fixed_point(
         check_equation(moved, x, "fixed_point_fun")
         return tree.sub(x, moved)
 
+    options = _checked(fixed_point_fun, _Options(solve, symmetric, has_aux, batching))
     residual.__signature__ = inspect.signature(fixed_point_fun)  # pyright: ignore[reportFunctionMemberAccess]
-    options = _Options(solve, symmetric, has_aux, batching)
     return functools.partial(_decorate, residual, options, "fixed_point_fun")
+
+
+def _checked(equation, options: _Options) -> _Options:
+    if not callable(equation):
+        raise TypeError(f"expected a function of the solution and the arguments; got {type(equation).__name__}")
+    if options.batching not in ("vmap", "sequential"):
+        raise ValueError(f'batching must be "vmap" or "sequential"; got {options.batching!r}')
+    check_solver(options.solve, "solve")
+    return options
 
 
 def _decorate(equation, options: _Options, name: str, solver):
@@ -180,7 +192,6 @@ class _Call:
     """One call of a decorated solver, on flat tensors: those of init, of the arguments, and captured ones."""
 
     def __init__(self, equation, solver, options: _Options, name: str, arguments: tuple, shared: tuple[str, ...]):
-        self.rebuild, captured, self.complete = hoist(equation, solver, options.solve)
         self.options, self.name, self.shared = options, name, shared
         self.init, args, kwargs = arguments
         starts, self.merge_init = tree.partition((self.init,))
@@ -190,17 +201,22 @@ class _Call:
         first = len(starts)
         second = first + len(tensors)
         self.ends = first, second, second + len(named)
+        values = tuple(kwargs.values())
+        self.static = _has_static_leaves(args, values, len(tensors) + len(named))
+        # functions and modules among the arguments may hold tensors, too
+        holders = (self.merge_args([None] * len(tensors)), self.merge_named([None] * len(named))) if self.static else ()
+        self.rebuild, captured, self.complete = hoist(equation, solver, options.solve, holders)
         self.inputs = (*[s.detach() for s in starts], *tensors, *named, *captured)
         self.unravel: Callable[[Tensor], Tree]
         self.merge_aux: Callable[[list[Tensor]], Any] | None = None
 
     def run(self, checked: set):
-        checking = not torch.compiler.is_compiling() and derivative_possible(self.inputs)
+        checking = not torch.compiler.is_compiling() and (
+            derivative_possible(self.inputs) or (not self.complete and derivative_wanted())
+        )
         if checking and self.init is not None:
             self.check(self.init, checked)
-        solve = custom_derivative(
-            self.primal, vjp=self.vjp, jvp=self.jvp, batching=self.options.batching, traceable=self.traceable
-        )
+        solve = by_rule(Rules(self.primal, self.vjp, self.jvp, self.options.batching), self.traceable)
         x, *held = solve(*self.inputs)
         solution = self.unravel(x)
         if checking and self.init is None:
@@ -212,19 +228,26 @@ class _Call:
     def split(self, inputs):
         """`(equation, solver, linear solver), init, args, kwargs`, made of flat inputs."""
         first, second, third = self.ends
+        *functions, holders = self.rebuild(*inputs[third:])
         (init,) = self.merge_init(inputs[:first])
-        args = self.merge_args(inputs[first:second])
-        kwargs = dict(zip(self.keys, self.merge_named(inputs[second:third]), strict=True))
-        return self.rebuild(*inputs[third:]), init, args, kwargs
+        args, named = self.merge_args(inputs[first:second]), self.merge_named(inputs[second:third])
+        if self.static:
+            args, named = _with_static_leaves((args, named), holders)
+        return functions, init, args, dict(zip(self.keys, named, strict=True))
 
     def primal(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        (_, solver, _), init, args, kwargs = self.split([x.detach() for x in inputs])
+        plain = [x.detach() for x in inputs]
+        (_, solver, _), init, args, kwargs = self.split(plain)
         with torch.enable_grad():  # a solver may call autograd on its own
             out = solver(init, *args, **kwargs)
         x, aux = _with_aux(out) if self.options.has_aux else (out, None)
         if init is not None:
             tree.check_like(x, init, name="the solver's output", reference_name="init")
         vector, self.unravel = tree.ravel(x)
+        if not vector.is_floating_point():
+            Space.of(vector, self.unravel)  # raises, and says what to do
+        if any(vector is p or vector._base is p for p in plain):
+            vector = vector.clone()  # a result that shared an argument's memory could be overwritten with it
         if not self.options.has_aux:
             return (vector.detach(),)
         held, merge_aux = tree.partition(aux)
@@ -239,7 +262,7 @@ class _Call:
         return tree.ravel(self.equation(self.unravel(x), inputs))[0]
 
     def rules(self, inputs, x: Tensor):
-        _, _, solve = self.rebuild(*inputs[self.ends[-1] :])
+        _, _, solve, _ = self.rebuild(*inputs[self.ends[-1] :])
         return root_rules(self.flat_equation, Space.of(x, self.unravel), solve, self.options.symmetric)
 
     def vjp(self, inputs, outputs, cotangents, wanted):
@@ -268,7 +291,7 @@ class _Call:
         """Evaluate the equation once, for its shape and for captured tensors that stay hidden."""
         tensors, merge = tree.partition((x,))
         key = tuple((t.shape, t.dtype) for t in (*tensors, *self.inputs))
-        if self.complete and key in checked:
+        if self.complete and not self.static and key in checked:
             return
 
         def evaluate(*flat):
@@ -278,8 +301,22 @@ class _Call:
             return value
 
         check_closed(evaluate, (*tensors, *self.inputs), name=self.name)
-        if len(checked) < _MOST_CHECKED:
+        if not self.static and len(checked) < _MOST_CHECKED:
             checked.add(key)
+
+
+def _has_static_leaves(args: tuple, values: tuple, tensors: int) -> bool:
+    if all(isinstance(a, Tensor) for a in (*args, *values)):
+        return False
+    every: Tree = (args, values)
+    return len(optree.tree_leaves(every, none_is_leaf=True)) != tensors
+
+
+def _with_static_leaves(values: Any, holders: Any) -> Any:
+    """The values, with the static leaves of another tree, in which the tensors are None."""
+    leaves, spec = optree.tree_flatten(holders, none_is_leaf=True)
+    given = optree.tree_leaves(values, none_is_leaf=True)
+    return spec.unflatten([v if isinstance(v, Tensor) else h for v, h in zip(given, leaves, strict=True)])
 
 
 def _with_aux(out):

@@ -7,6 +7,7 @@ Both rules are differentiable, so derivatives of any order follow.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -17,7 +18,7 @@ from diffopt import tree
 from diffopt.autodiff import choose, hoist, jvp, vjp
 from diffopt.autodiff.custom_derivative import Partial, Tensors
 from diffopt.autodiff.gradients import pullbacks
-from diffopt.autodiff.levels import derivative_possible
+from diffopt.autodiff.levels import derivative_possible, plain_autograd
 from diffopt.linalg import CG, Dense, LinearSolver, Tag
 from diffopt.linalg.derivatives import flat_jacobian
 from diffopt.linalg.operators import FEW, Space
@@ -159,7 +160,8 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
     def vjp_rule(inputs: Tensors, outputs: Tensors, cotangents: Partial, wanted: tuple[bool, ...]) -> Partial:
         x, weight = outputs[0], cotangents[0]
         assert weight is not None
-        if space.size <= FEW and isinstance(solve, Dense | None) and not derivative_possible((x, weight, *inputs)):
+        small = 0 < space.size <= FEW and isinstance(solve, Dense | None)
+        if small and plain_autograd() and not derivative_possible((x, weight, *inputs)):
             return _small_vjp(fn, x, inputs, weight, wanted)
         u = solve_flat(jacobian(x, inputs).transpose(), weight, solve and solve.transposed(), failure="warn")
         part, primals = choose(lambda *values: fn(x, *values), inputs, wanted)
@@ -183,8 +185,8 @@ def _small_vjp(fn, x, inputs, weight, wanted):
     to_x, *to_inputs = pullbacks(part, *primals)
     jacobian = torch.stack([to_x(row) for row in _unit_vectors(x.numel(), x.dtype, x.device)])
     u, info = torch.linalg.solve_ex(jacobian.mT, -weight)
-    if info.item() != 0:
-        report(info == 0, "warn", "Dense")
+    if info.item() != 0 or not math.isfinite(u.sum().item()):
+        report(torch.zeros_like(info, dtype=torch.bool), "warn", "Dense")
     found = iter([to(u) for to in to_inputs])
     return tuple(next(found) if w else None for w in wanted)
 

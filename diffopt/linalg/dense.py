@@ -28,16 +28,17 @@ class Dense:
         """The solution of `bound x = b`, and whether the matrix was regular."""
         if "diagonal" in tags:
             diagonal = bound.matvec(torch.ones_like(b))
-            return b / diagonal, (diagonal != 0).all()
+            return _finite(b / diagonal, (diagonal != 0).all())
         A = bound.dense()
         if "lower_triangular" in tags or "upper_triangular" in tags:
             solution = torch.linalg.solve_triangular(A, b[:, None], upper="upper_triangular" in tags)[:, 0]
-            return solution, (A.diagonal() != 0).all()
+            return _finite(solution, (A.diagonal() != 0).all())
         if "positive_definite" in tags:
             L, info = torch.linalg.cholesky_ex(A)
-            return torch.cholesky_solve(b[:, None], L)[:, 0], info == 0
+            even = (A - A.mT).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5 * A.abs().amax()
+            return _finite(torch.cholesky_solve(b[:, None], L)[:, 0], (info == 0) & even)
         solution, info = torch.linalg.solve_ex(A, b[:, None])
-        return solution[:, 0], info == 0
+        return _finite(solution[:, 0], info == 0)
 
     def transposed(self) -> "Dense":
         """The solver for the transposed system: itself."""
@@ -48,3 +49,7 @@ class Dense:
         if "diagonal" in tags:
             return b / bound.matvec(torch.ones_like(b))
         return torch.linalg.inv(bound.dense()) @ b
+
+
+def _finite(solution: Tensor, regular: Tensor) -> tuple[Tensor, Tensor]:
+    return solution, regular & solution.isfinite().all()

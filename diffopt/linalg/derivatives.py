@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import grad, hoist, linearize
+from diffopt.autodiff import check_closed, grad, hoist, linearize
+from diffopt.autodiff.levels import derivative_wanted
 from diffopt.linalg.operators import LinearOperator, Space, Tag, bound_of, checked_tags
 from diffopt.typing import Tree
 
@@ -37,7 +38,7 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    rebuild, captured, _ = hoist(fn)
+    rebuild, captured, complete = hoist(fn)
     vector, unravel = tree.ravel(x)
     leaves, fill = tree.partition(args)
     domain = Space.like(x)
@@ -48,8 +49,10 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
         args, found = fill(flat[: len(leaves)]), flat[len(leaves) :]
         return tree.ravel(rebuild(*found)(unravel(vector), *args))[0]
 
-    tags = checked_tags(tags, codomain.size, domain.size)
-    return flat_jacobian(flat_fn, (vector, *leaves, *captured), domain, codomain, tags)
+    parameters = (vector, *leaves, *captured)
+    if not complete and derivative_wanted():
+        check_closed(flat_fn, parameters, name="fn")
+    return flat_jacobian(flat_fn, parameters, domain, codomain, checked_tags(tags, codomain.size, domain.size))
 
 
 def flat_jacobian(
@@ -90,13 +93,14 @@ def hessian_operator(loss: Callable[..., Tensor], x: Tree, *args: Tree, tags: It
     References:
         Pearlmutter (1994), Fast exact multiplication by the Hessian, eq. 1.
     """
-    operator = jacobian_operator(grad(loss), x, *args, tags=(*tags, "symmetric"))
+    operator = jacobian_operator(grad(loss), x, *args)
+    tags = checked_tags(tags, *operator.shape, "symmetric")
 
     def bind(*flat):
         bound = operator.bind(*flat)
         return bound._replace(matvec=bound.rmatvec)  # one pullback is cheaper than a pushforward
 
-    return dataclasses.replace(operator, bind=bind)
+    return dataclasses.replace(operator, bind=bind, tags=tags)
 
 
 def gauss_newton_operator(
@@ -126,28 +130,33 @@ def gauss_newton_operator(
     References:
         Schraudolph (2002), Fast curvature matrix-vector products, section 3.
     """
-    rebuild, captured, _ = hoist(model, loss)
+    rebuild, captured, complete = hoist(model, loss)
     x_vector, unravel = tree.ravel(x)
     leaves, spec = tree.flatten(args)
     domain = Space.like(x)
     with torch.no_grad():
         codomain = Space.like(model(x, *args))
 
-    def bind(*flat):
+    def closed(flat):
         closed_model, closed_loss = rebuild(*flat[1 + len(leaves) :])
         args = spec.unflatten(flat[1 : 1 + len(leaves)])
-        out, pull, push = linearize(lambda v: tree.ravel(closed_model(unravel(v), *args))[0], flat[0])
-        _, curve, _ = linearize(grad(lambda y: closed_loss(codomain.unravel(y))), out)
+        return lambda v: tree.ravel(closed_model(unravel(v), *args))[0], lambda y: closed_loss(codomain.unravel(y))
+
+    def composed(*flat):
+        flat_model, flat_loss = closed(flat)
+        return flat_loss(flat_model(flat[0]))
+
+    def bind(*flat):
+        flat_model, flat_loss = closed(flat)
+        out, pull, push = linearize(flat_model, flat[0])
+        _, curve, _ = linearize(grad(flat_loss), out)
 
         def product(v):
             return pull(curve(push(v)[0])[0])[0]
 
         return bound_of(product, product, domain)
 
-    return LinearOperator(
-        bind,
-        (x_vector, *leaves, *captured),
-        domain,
-        domain,
-        checked_tags((*tags, "symmetric"), domain.size, domain.size),
-    )
+    parameters = (x_vector, *leaves, *captured)
+    if not complete and derivative_wanted():
+        check_closed(composed, parameters, name="model or loss")
+    return LinearOperator(bind, parameters, domain, domain, checked_tags(tags, domain.size, domain.size, "symmetric"))

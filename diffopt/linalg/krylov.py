@@ -61,7 +61,7 @@ class CG:
 
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
         """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        limit = _limit(self, b)
+        b, x, limit, scale = _scaled(self, b, x)
         precondition = _precondition(self)
         r = b if x is None else b - bound.matvec(x)
         z = precondition(r)
@@ -85,7 +85,7 @@ class CG:
             return _State(x, r, p, rz, sound)
 
         state = while_loop(live, body, state, max_steps=_max_steps(self, b))
-        return state.x, _norm(state.r) <= limit
+        return scale * state.x, _norm(state.r) <= limit
 
     def transposed(self) -> "CG":
         """The solver for the transposed system: itself."""
@@ -124,7 +124,7 @@ class NormalCG:
 
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
         """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        limit = _limit(self, b)
+        b, x, limit, scale = _scaled(self, b, x)
         r = b if x is None else b - bound.matvec(x)
         s = bound.rmatvec(r)
         state = _State(
@@ -146,7 +146,7 @@ class NormalCG:
             return _State(state.x + alpha * state.p, r, p, ss, sound)
 
         state = while_loop(live, body, state, max_steps=_max_steps(self, b))
-        return state.x, _norm(state.r) <= limit
+        return scale * state.x, _norm(state.r) <= limit
 
     def transposed(self) -> "NormalCG":
         """The solver for the transposed system: itself."""
@@ -187,7 +187,7 @@ class GMRES:
 
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
         """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        limit = _limit(self, b)
+        b, x, limit, scale = _scaled(self, b, x)
         size = min(self.restart, b.numel())
         restarts = max(10, 10 * b.numel() // self.restart) if self.max_restarts is None else self.max_restarts
         precondition = _precondition(self)
@@ -203,7 +203,7 @@ class GMRES:
 
         start = (torch.zeros_like(b), b) if x is None else (x, b - bound.matvec(x))
         solution, r = while_loop(live, cycle, start, max_steps=restarts)
-        return solution, _norm(r) <= limit
+        return scale * solution, _norm(r) <= limit
 
     def transposed(self) -> "GMRES":
         """The solver for the transposed system, with the preconditioner transposed where it can be."""
@@ -241,7 +241,7 @@ def _arnoldi_step(product, r: Tensor, size: int, limit: Tensor) -> Tensor:
             break
     rows = len(columns) + 1
     H = torch.stack([torch.cat([c, c.new_zeros(rows - c.numel())]) for c in columns], dim=1)
-    y = torch.linalg.pinv(H)[:, 0] * beta
+    y = torch.linalg.pinv(H.nan_to_num())[:, 0] * beta  # a lane of NaN must not stop the others
     return y @ torch.stack(basis[: len(columns)])
 
 
@@ -257,9 +257,14 @@ def _norm(a: Tensor) -> Tensor:
     return (a * a).sum().sqrt()
 
 
-def _limit(solver, b: Tensor) -> Tensor:
+def _scaled(solver, b: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The system with a right side of magnitude 1, so that no square over- or underflows: `(b, x, limit, scale)`."""
+    scale = b.abs().amax()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    b = b / scale
     rtol = torch.finfo(b.dtype).eps ** (2 / 3) if solver.rtol is None else solver.rtol
-    return (rtol * _norm(b)).clamp(min=max(solver.atol, torch.finfo(b.dtype).tiny))
+    limit = torch.maximum(rtol * _norm(b), solver.atol / scale).clamp(min=torch.finfo(b.dtype).tiny)
+    return b, None if x is None else x / scale, limit, scale
 
 
 def _max_steps(solver, b: Tensor) -> int:
@@ -271,6 +276,9 @@ def _check_options(solver) -> None:
         value = getattr(solver, name)
         if value is not None and not (isinstance(value, (int, float)) and value >= 0):
             raise ValueError(f"{name} must be a non-negative number; got {value!r}")
+    damping = getattr(solver, "damping", 0.0)
+    if not isinstance(damping, (int, float, Tensor)):
+        raise TypeError(f"damping must be a number or a 0-d tensor; got {type(damping).__name__}")
     for name in ("max_steps", "restart", "max_restarts"):
         value = getattr(solver, name, None)
         if value is not None and not (isinstance(value, int) and value >= 1):

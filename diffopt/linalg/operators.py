@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import hoist, transforms_active, vjp
+from diffopt.autodiff import any_lane, check_closed, hoist, transforms_active, vjp
+from diffopt.autodiff.levels import derivative_wanted
 from diffopt.typing import Tree
 
 __all__ = ["Bound", "LinearOperator", "Tag", "function_operator", "matrix_operator"]
@@ -48,9 +49,13 @@ class Space(NamedTuple):
 
     @staticmethod
     def of(vector: Tensor, unravel: Callable[[Tensor], Tree]) -> "Space":
-        if not (vector.is_floating_point() or vector.is_complex()):
-            raise TypeError(f"a space of floating-point tensors is needed; got {vector.dtype}")
+        if not vector.is_floating_point():
+            advice = "; pass torch.view_as_real of complex tensors" if vector.is_complex() else ""
+            raise TypeError(f"real floating-point tensors are needed; got {vector.dtype}{advice}")
         return Space(vector.numel(), vector.dtype, vector.device, unravel)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,8 +159,8 @@ def matrix_operator(
         >>> matrix_operator(torch.eye(3)).shape
         (3, 3)
     """
-    if not isinstance(A, Tensor) or not (A.is_floating_point() or A.is_complex()):
-        raise TypeError(f"A must be a floating-point tensor; got {getattr(A, 'dtype', type(A).__name__)}")
+    if not isinstance(A, Tensor) or not A.is_floating_point():
+        raise TypeError(f"A must be a real floating-point tensor; got {getattr(A, 'dtype', type(A).__name__)}")
     if A.dim() != 2:
         raise ValueError(f"A must have shape (m, n); got {tuple(A.shape)}. Map over batches with vmap")
     spaces = [
@@ -200,11 +205,15 @@ def function_operator(
         >>> A.matvec(torch.tensor([3.0, 4.0]))
         tensor([3., 8.])
     """
-    rebuild, captured, _ = hoist(fn)
+    tree.check_tensors(parameters, name="parameters")
+    rebuild, captured, complete = hoist(fn)
     leaves, spec = tree.flatten(parameters)
     domain = Space.like(example)
     with torch.no_grad():
-        codomain = Space.like(fn(parameters, tree.zeros_like(example)))
+        at_zero, unravel = tree.ravel(fn(parameters, tree.zeros_like(example)))
+        codomain = Space.of(at_zero, unravel)
+    if not torch.compiler.is_compiling() and any_lane(at_zero != 0):
+        raise ValueError("fn must be linear in v, but fn(parameters, 0) is not 0")
 
     def bind(*flat):
         given, found = spec.unflatten(flat[: len(leaves)]), flat[len(leaves) :]
@@ -213,9 +222,10 @@ def function_operator(
         def product(v):
             return tree.ravel(closed(given, domain.unravel(v)))[0]
 
-        zeros = torch.zeros(domain.size, dtype=domain.dtype, device=domain.device)
-        return bound_of(product, lambda u: vjp(product, zeros)[1](u)[0], codomain)
+        return bound_of(product, lambda u: vjp(product, domain.zeros())[1](u)[0], codomain)
 
+    if not complete and derivative_wanted():
+        check_closed(lambda *flat: bind(*flat).matvec(domain.zeros()), (*leaves, *captured), name="fn")
     return LinearOperator(bind, (*leaves, *captured), domain, codomain, checked_tags(tags, codomain.size, domain.size))
 
 
@@ -240,10 +250,10 @@ def _vector(value: Tree, space: Space, name: str) -> Tensor:
     return vector
 
 
-def checked_tags(tags: Iterable[Tag], m: int, n: int) -> frozenset[Tag]:
+def checked_tags(tags: Iterable[Tag], m: int, n: int, *known: Tag) -> frozenset[Tag]:
     if isinstance(tags, str):
         raise TypeError(f"tags must be a collection of strings; got {tags!r}, write tags=[{tags!r}]")
-    found = frozenset(tags)
+    found = frozenset((*tags, *known))
     unknown = found - set(get_args(Tag))
     if unknown:
         raise ValueError(f"unknown tags {sorted(unknown)}; the tags are {', '.join(get_args(Tag))}")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import any_lane, choose, custom_derivative, hoist, jvp, vjp
+from diffopt.autodiff import any_lane, choose, hoist, jvp, vjp
+from diffopt.autodiff.custom_derivative import Rules, by_rule
 from diffopt.autodiff.levels import derivative_possible
 from diffopt.linalg.dense import Dense
 from diffopt.linalg.krylov import CG, GMRES
@@ -91,6 +92,9 @@ def linear_solve(
     """
     if isinstance(operator, Tensor):
         operator = matrix_operator(operator)
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(f"linear_solve takes a LinearOperator or a matrix; got {type(operator).__name__}")
+    check_solver(solver, "solver")
     vector = _checked_side(operator, b, "b")
     start = None if init is None else _checked_side(operator, init, "init")
     return operator.domain.unravel(
@@ -122,6 +126,12 @@ def solve_flat(
             operator = operator.shifted(solver.damping)
             solver = dataclasses.replace(solver, damping=0.0)
     return _solve(operator, b, _flat_preconditioner(solver, operator), init, failure)
+
+
+def check_solver(solver: LinearSolver | None, name: str) -> None:
+    """Raise unless a linear solver is a value such as `CG()`, or None."""
+    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "transposed")):
+        raise TypeError(f"{name} must be a linear solver such as Dense() or CG(rtol=1e-6), or None; got {solver!r}")
 
 
 def _automatic(operator: LinearOperator) -> LinearSolver:
@@ -190,9 +200,7 @@ def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, fai
     def traceable(*inputs):
         return (solver.traceable(operator.bind(*inputs[:count]), inputs[count], operator.tags),)
 
-    solve = custom_derivative(
-        primal, vjp=vjp_rule, jvp=jvp_rule, traceable=traceable if isinstance(solver, Dense) else None
-    )
+    solve = by_rule(Rules(primal, vjp_rule, jvp_rule, "vmap"), traceable if isinstance(solver, Dense) else None)
     return solve(*operator.parameters, b, *extras)[0]
 
 
@@ -200,7 +208,7 @@ def report(converged: Tensor, failure: Failure, name: str) -> None:
     if failure == "ignore" or not any_lane(~converged):
         return
     causes = (
-        "the matrix is singular, or not positive definite although it is tagged so, or holds NaN"
+        "the matrix is singular, or not symmetric positive definite although it is tagged so, or holds NaN"
         if name == "Dense"
         else "the operator is singular, ill-conditioned or holds NaN; it is not positive definite (for CG); or "
         "max_steps is too small or rtol too tight for its dtype"
@@ -223,7 +231,9 @@ def _checked_side(operator: LinearOperator, value: Tree, name: str) -> Tensor:
     vector, _ = tree.ravel(value)
     space = operator.codomain
     if vector.numel() != space.size:
-        raise ValueError(f"{name} must have {space.size} elements, like the operator; got {vector.numel()}")
+        raise ValueError(
+            f"{name} must have {space.size} elements, like the operator; got {vector.numel()}. Use vmap for several"
+        )
     if vector.dtype != space.dtype or vector.device != space.device:
         raise TypeError(
             f"{name} must be {space.dtype} on {space.device}, like the operator; got {vector.dtype} on {vector.device}"

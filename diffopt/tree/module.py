@@ -18,11 +18,11 @@ def from_module(
 ) -> tuple[Callable[..., tuple[Any, dict[str, Tensor]]], dict[str, Tensor], dict[str, Tensor]]:
     """Turn a module into a pure function of its parameters and buffers.
 
-    The function keeps the architecture and the train or eval mode that the module has now; nothing done to
-    the module later changes it, and calling it never changes the module or its own arguments. What the
-    module would update in place, such as the running statistics of a batch norm in train mode, comes back
-    as new buffers. Batch norm under `torch.func.vmap` may start from shared buffers: each lane returns its
-    own. Dropout draws from torch's global generator, as ever (give `vmap` its ``randomness``).
+    The function runs the module itself, in the train or eval mode that it has at the call, with the given
+    values in the places of its own, so that also a module which holds functions of its parameters sees them.
+    Neither the module nor the arguments are changed. What the module would update in place, such as the
+    running statistics of a batch norm in train mode, comes back as new buffers. Batch norm under
+    `torch.func.vmap` may start from shared buffers: each lane returns its own. Dropout draws from torch's global generator, as ever (give `vmap` its ``randomness``).
 
     Args:
         module: Any module.
@@ -43,19 +43,18 @@ def from_module(
     """
     params = {name: value.detach() for name, value in module.named_parameters()}
     buffers = {name: value.detach() for name, value in module.named_buffers()}
-    skeleton = _rebuild(module, lambda value: torch.empty_like(value, device="meta")).requires_grad_(False)
 
     def function(
         params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         _check_names(params, param_names, "params")
         _check_names(buffers, buffer_names, "buffers")
-        state = {**params, **_fresh(buffers, tracked, (dict(params), args, list(kwargs.values())))}
-        output = functional_call(skeleton, state, args, kwargs)
+        state = {**params, **_fresh(buffers, _tracked(module), (dict(params), args, list(kwargs.values())))}
+        output = functional_call(module, state, args, kwargs)
         # functional_call writes reassigned buffers back into the dict that it was given.
         return output, {name: state[name] for name in buffers}
 
-    param_names, buffer_names, tracked = set(params), set(buffers), _tracked(module)
+    param_names, buffer_names = set(params), set(buffers)
     return function, params, buffers
 
 

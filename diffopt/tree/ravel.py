@@ -61,7 +61,9 @@ def _ravel_tensor(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     def unravel(vector: Tensor) -> Tensor:
         if vector.shape != (total,):
             raise ValueError(f"`unravel` needs a vector of shape ({total},); got {tuple(vector.shape)}.")
-        return vector if len(shape) == 1 else vector.reshape(shape)
+        if len(shape) == 1:
+            return vector
+        return vector.reshape(shape) if shape else vector.squeeze(0)  # reshape fails in an empty vmap
 
     return (tensor if len(shape) == 1 else tensor.reshape(-1)), unravel
 

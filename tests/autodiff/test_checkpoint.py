@@ -156,7 +156,7 @@ def test_a_hidden_tensor_raises_where_autograd_tracks_the_inputs():
 
     hidden = Slotted()
     hidden.t = THETA.clone().requires_grad_()
-    with pytest.raises(ValueError, match="its gradient would be lost: pass it as an argument"):
+    with pytest.raises(ValueError, match="Its gradient would be lost: pass it as an argument"):
         checkpoint(hidden)(X.clone().requires_grad_())
 
 

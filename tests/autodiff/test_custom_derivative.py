@@ -139,21 +139,21 @@ def test_a_primal_that_captures_a_tracked_tensor_raises():
         with torch.enable_grad():
             return (x * w,)
 
-    with pytest.raises(ValueError, match=r"without taking it as an input.*pass it as an argument"):
+    with pytest.raises(ValueError, match=r"captured a tensor.*make it an input"):
         make_exp(primal)(X.clone().requires_grad_())
 
 
 def test_a_cotangent_or_tangent_of_a_wrong_shape_raises():
     f = custom_derivative(lambda x: (x * 2,), vjp=lambda i, o, c, w: (c[0].sum(),), jvp=lambda i, o, t: (t[0].sum(),))
-    with pytest.raises(RuntimeError, match="invalid gradient"):
+    with pytest.raises(TypeError, match=r"entry 0 of the vjp rule's result must have shape"):
         grad(lambda x: f(x)[0].sum())(X)
-    with pytest.raises(RuntimeError, match="forward gradient that has a different size"):
+    with pytest.raises(TypeError, match=r"entry 0 of the jvp rule's result must have shape"):
         jvp(lambda x: f(x)[0], (X,), (X,))
 
 
 def test_compiling_without_a_traceable_form_says_what_to_do():
     f = make_exp()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="depends on data and cannot be compiled"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="give custom_derivative a `traceable` one"):
         torch.compile(lambda x: f(x)[0], fullgraph=True, backend="eager")(X)
 
 

@@ -51,7 +51,7 @@ def test_singular_matrices_raise_or_return_what_they_have(tags):
 
 
 def test_a_matrix_that_is_not_positive_definite_although_tagged_raises():
-    with pytest.raises(LinearSolveError, match="not positive definite although it is tagged so"):
+    with pytest.raises(LinearSolveError, match="not symmetric positive definite although it is tagged so"):
         linear_solve(matrix_operator(-torch.eye(2, dtype=F64), tags=["positive_definite"]), B[:2])
 
 

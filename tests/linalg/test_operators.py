@@ -97,8 +97,8 @@ def test_operators_hold_no_graph_and_change_nothing():
 
 
 BAD = {
-    "list": (lambda: matrix_operator([[1.0]]), TypeError, "A must be a floating-point tensor; got list"),
-    "numpy": (lambda: matrix_operator(np.eye(2)), TypeError, "A must be a floating-point tensor; got float64"),
+    "list": (lambda: matrix_operator([[1.0]]), TypeError, "A must be a real floating-point tensor; got list"),
+    "numpy": (lambda: matrix_operator(np.eye(2)), TypeError, "A must be a real floating-point tensor; got float64"),
     "integers": (lambda: matrix_operator(torch.eye(2, dtype=torch.long)), TypeError, "got torch.int64"),
     "batch": (lambda: matrix_operator(torch.ones(2, 3, 3)), ValueError, r"shape \(m, n\); got \(2, 3, 3\)\. Map over"),
     "vector": (lambda: matrix_operator(V), ValueError, r"A must have shape \(m, n\); got \(3,\)"),

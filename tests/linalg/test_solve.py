@@ -98,7 +98,7 @@ BAD = {
     "dtype": (lambda: linear_solve(A, B.float()), TypeError, "b must be torch.float64 on cpu.*got torch.float32"),
     "device": (lambda: linear_solve(A, B.to("meta")), TypeError, "b must be torch.float64 on cpu.*on meta"),
     "batch": (lambda: linear_solve(torch.stack([A, A]), B), ValueError, "Map over batches with vmap"),
-    "integers": (lambda: linear_solve(torch.eye(2, dtype=torch.long), B), TypeError, "A must be a floating-point"),
+    "integers": (lambda: linear_solve(torch.eye(2, dtype=torch.long), B), TypeError, "A must be a real floating-point"),
     "empty tree": (lambda: linear_solve(A, ()), ValueError, "at least one leaf"),
 }
 

@@ -44,15 +44,31 @@ def test_function_equals_the_module_and_mutates_nothing(training):
     assert not any(value.requires_grad for value in (*params.values(), *buffers.values()))
 
 
-def test_function_ignores_what_happens_to_the_module_later():
+def test_function_ignores_the_values_that_the_module_has_later():
     module = net().eval()
     function, params, buffers = tree.from_module(module)
     params = {name: value.clone() for name, value in params.items()}
     expected, _ = function(params, buffers, inputs(5, 3))
-    module.train()
     with torch.no_grad():
         module[0].weight.zero_()
     assert torch.equal(function(params, buffers, inputs(5, 3))[0], expected)
+    assert torch.equal(module[0].weight, torch.zeros_like(module[0].weight))
+
+
+def test_a_module_that_holds_functions_of_its_parameters_sees_the_given_values():
+    class Holder(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.call = lambda x: torch.tanh(super(Holder, self).forward(x))
+
+        def forward(self, x):
+            return self.call(x)
+
+    module, x = Holder(), inputs(3).float()
+    function, params, buffers = tree.from_module(module)
+    doubled = {name: 2 * value for name, value in params.items()}
+    expected = torch.tanh(x @ doubled["weight"].T + doubled["bias"])
+    torch.testing.assert_close(function(doubled, buffers, x)[0], expected)
 
 
 def test_gradient_equals_backward():
