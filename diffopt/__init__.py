@@ -1,6 +1,6 @@
 """diffopt: differentiable optimization for PyTorch, as pure functions that compose with torch.func."""
 
-from diffopt import autodiff, implicit, linalg, optimizers, random, testing, transforms, tree, typing
+from diffopt import autodiff, implicit, linalg, optimizers, random, schedules, testing, transforms, tree, typing
 from diffopt.autodiff import (
     checkpoint,
     compile,
@@ -37,6 +37,7 @@ __all__ = [
     "random",
     "root_jvp",
     "root_vjp",
+    "schedules",
     "sgd",
     "step",
     "testing",

@@ -81,7 +81,7 @@ def test_composition_table(tmp_path):
     table = tables.composition_table(tmp_path)
     assert "3 operators, 5 cells checked: 3 right, 2 raise" in table
     assert table.count("compile one step") == 1
-    assert "| a | ·✓···· | ········ | ···· | ·········· | ····· | a··· | · |" in table
+    assert "| a | ·✓···· | ········ | ···· | ·········· | ······ | a··· | · |" in table
     assert "- other: `another`" in table
 
 

@@ -22,7 +22,8 @@ def from_module(
     values in the places of its own, so that also a module which holds functions of its parameters sees them.
     Neither the module nor the arguments are changed. What the module would update in place, such as the
     running statistics of a batch norm in train mode, comes back as new buffers. Batch norm under
-    `torch.func.vmap` may start from shared buffers: each lane returns its own. Dropout draws from torch's global generator, as ever (give `vmap` its ``randomness``).
+    `torch.func.vmap` may start from shared buffers: each lane returns its own. Dropout draws from torch's
+    global generator, as ever (give `vmap` its ``randomness``).
 
     Args:
         module: Any module.
