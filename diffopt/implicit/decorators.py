@@ -50,6 +50,9 @@ def custom_root(
 
     The solver may do anything: its work is not differentiated. The decorated function composes with every transform at
     any nesting. Tensors that the two functions captured are found and differentiated as if they were arguments.
+    The equation must be pure: what it stores for later (a cache of its own, `functools.singledispatch`) is stored
+    without gradient. Under `torch.compile` the derivative is that of two Newton steps at the solution, which is right
+    up to the third order.
 
     Args:
         optimality_fun: `F(x, *args, **kwargs)`, in torch operations, shaped like `x` and zero at the solution. It
