@@ -178,7 +178,7 @@ def check_composition(
     *,
     tol: float = 1e-8,
     may_raise: Mapping[str, str] | None = None,
-    backend: str = "aot_eager",
+    backend: str | None = "aot_eager",
     cells: Sequence[str] | None = None,
 ) -> Report:
     r"""Compare an operator with a reference under every transform, and raise if a cell is wrong.

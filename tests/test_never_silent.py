@@ -52,6 +52,10 @@ def second(fn, _, v):
     return fn(v)
 
 
+def minus(fn, x, a):
+    return fn(x) - a
+
+
 def minus_one(fn, x):
     return fn(x) - 1
 
@@ -68,6 +72,82 @@ OPERATORS = {
 def tangent(f):
     with forward_ad.dual_level():
         return f(forward_ad.make_dual(THETA, ONE))
+
+
+def through_class(t):
+    class Scaled:
+        w = t
+
+        def __call__(self, x):
+            return self.w * x
+
+    return Scaled()
+
+
+def through_method(t):
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return t * x
+
+    return Net()
+
+
+WAYS = {
+    "class attribute": through_class,
+    "code of a class": through_method,
+    "bound builtin": lambda t: partial(lambda get, x: x * get("w"), {"w": t}.get),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transform", [grad, diffopt.grad])
+def test_what_a_class_or_a_builtin_holds_raises(way, transform):
+    make = WAYS[way]
+    for operator in (
+        lambda t: checkpoint(make(t))(ONE),
+        lambda t: linear_solve(jacobian_operator(make(t), ONE), ONE),
+        lambda t: root_vjp(partial(minus, make(t)), (1 / t).detach(), (ONE,), ONE)[0],
+        lambda t: custom_root(partial(minus_one, make(t)))(lambda init: (1 / t).detach())(ONE),
+    ):
+        with pytest.raises(ValueError, match=HIDDEN):
+            transform(lambda t, operator=operator: operator(t).sum() + t.sum())(THETA)
+
+
+def test_a_tree_of_other_shapes_is_refused():
+    operator = matrix_operator(torch.eye(5, dtype=F64), domain={"a": ONE, "b": torch.ones(3, dtype=F64)})
+    with pytest.raises(ValueError, match="shape"):
+        operator.matvec({"a": torch.ones(3, dtype=F64), "b": ONE})
+    with pytest.raises(ValueError, match="shape"):
+        linear_solve(matrix_operator(torch.eye(2, dtype=F64)), ONE[:, None])
+
+
+def test_convergence_is_judged_by_the_true_residual():
+    Q = torch.linalg.qr(torch.linspace(-1, 1, 900, dtype=F64).sin().reshape(30, 30) + torch.eye(30, dtype=F64))[0]
+    A = Q @ torch.diag(torch.logspace(0, 10, 30, dtype=F64)) @ Q.mT
+    operator = matrix_operator((A + A.mT) / 2, tags=["positive_definite"])
+    b = torch.ones(30, dtype=F64)
+    for solver in (CG(rtol=1e-13), NormalCG(rtol=1e-10)):
+        try:
+            x = linear_solve(operator, b, solver)
+        except LinearSolveError:
+            continue
+        assert (operator.matvec(x) - b).norm() <= 11 * solver.rtol * b.norm()
+
+
+def test_the_transposed_preconditioner_is_used_in_the_adjoint():
+    products = []
+
+    def weigh(parameters, v):
+        products.append(1)
+        return parameters * v
+
+    M = function_operator(weigh, 1 / THETA, ONE)
+    solver = GMRES(preconditioner=M)
+    rhs = ONE.clone().requires_grad_()
+    x = linear_solve(torch.diag(THETA), rhs, solver)
+    before = len(products)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), rhs)[0], 1 / THETA)
+    assert len(products) > before
 
 
 MODES = {
@@ -247,6 +327,8 @@ def test_a_result_shares_no_memory_with_an_argument():
     same = custom_root(lambda x, a: x - a)(lambda init, a: a)
     same(init, a).mul_(0)
     custom_root(lambda x, a: x - a)(lambda init, a: init)(init, a).mul_(0)
+    custom_root(lambda x, a: x - a)(lambda init, a: a.detach())(init, a).mul_(0)
+    custom_root(lambda x, a: x - a, batching="sequential")(lambda init, a: torch.from_numpy(a.numpy()))(init, a).mul_(0)
     assert torch.equal(a, A)
     assert torch.equal(init, ONE)
 

@@ -232,17 +232,23 @@ def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
             tracked = tracked or is_tracked(item)
             continue
         parts = _kind(item).parts(item)
-        complete = complete and parts is not _HIDDEN
+        complete = complete and parts is not _HIDDEN and _class_is_transparent(item)
         stack += parts
         if len(seen) > _MOST_VISITS:
             return True, False
     return tracked, complete
 
 
+def _class_is_transparent(item: Any) -> bool:
+    """Whether an object's class is a library's: the code and the attributes of others are not walked."""
+    owner = item.__self__ if type(item) is types.MethodType else item
+    return type(owner) in _EXACT or _is_transparent(type(owner))
+
+
 def _is_transparent(leaf: Any) -> bool:
     """Whether a module, a class or a builtin cannot hold a tracked tensor of the user's."""
     if isinstance(leaf, types.BuiltinFunctionType):
-        return not isinstance(leaf.__self__, Tensor)
+        return leaf.__self__ is None or isinstance(leaf.__self__, types.ModuleType)
     name = leaf.__name__ if isinstance(leaf, types.ModuleType) else getattr(leaf, "__module__", "")
     return name.partition(".")[0] in _TRUSTED
 

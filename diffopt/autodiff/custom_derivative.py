@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt.autodiff.closures import hoist
+from diffopt.autodiff.closures import check_closed, hoist
 from diffopt.autodiff.gradients import jvp as jvp_of
 from diffopt.autodiff.gradients import vjp as vjp_of
 from diffopt.autodiff.levels import (
     derivative_possible,
+    derivative_wanted,
     enable_forward_ad,
     functorch_active,
     is_legacy_batchedtensor,
@@ -55,7 +56,7 @@ def custom_derivative(
 
     The rules are ordinary differentiable functions, so derivatives of any order follow by recursion. Neither the
     function nor the rules may capture a tensor that carries gradient or a batch dimension: pass it as an input
-    (`hoist` does so for a user's function).
+    (`hoist` does so for a user's function). What is found so raises; a tensor that a rule alone hides is not found.
 
     Args:
         primal: `(*inputs) -> outputs`, a tuple of tensors. It sees plain tensors, or those of a `vmap` made here.
@@ -92,14 +93,22 @@ def custom_derivative(
     apply = by_rule(Rules(primal, vjp, jvp, batching), traceable)
 
     def checked(*inputs: Tensor) -> Tensors:
-        if hoist(primal, vjp, jvp).captured:
-            raise ValueError(
-                "the function or a rule captured a tensor that carries gradient or a batch dimension; its gradient "
-                "would be lost: make it an input"
-            )
+        refuse_captures(primal, vjp, jvp, inputs=inputs)
         return apply(*inputs)
 
     return checked
+
+
+def refuse_captures(primal: Callable[..., Tensors], *others: Any, inputs: Sequence[Tensor]) -> None:
+    """Raise if functions that must take all they use as inputs captured a tracked tensor."""
+    found = hoist(primal, *others)
+    if found.captured:
+        raise ValueError(
+            "the function or a rule captured a tensor that carries gradient or a batch dimension; its gradient would "
+            "be lost: make it an input"
+        )
+    if not found.complete and not torch.compiler.is_compiling() and derivative_wanted():
+        check_closed(primal, inputs, name="the function")
 
 
 def by_rule(rules: Rules, traceable: Callable[..., Tensors] | None = None) -> Callable[..., Tensors]:

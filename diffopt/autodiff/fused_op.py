@@ -7,8 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt.autodiff.closures import hoist
-from diffopt.autodiff.custom_derivative import Rules, Tensors, by_rule, rules_of
+from diffopt.autodiff.custom_derivative import Rules, Tensors, by_rule, refuse_captures, rules_of
 
 __all__ = ["fused_op"]
 
@@ -25,7 +24,7 @@ def fused_op(reference: Launcher, forward: Launcher, backward: Launcher | None =
 
     Args:
         reference: `(*inputs) -> outputs` in plain torch, elementwise: the inputs broadcast against each other and
-            every output has the broadcast shape.
+            every output is floating-point and has the broadcast shape.
         forward: the same function, fused. It sees plain tensors and returns fresh ones.
         backward: `(*inputs, *cotangents) -> cotangents of the inputs`, each shaped like its input (so one of a scalar
             hyperparameter is a sum); None takes the plain formula. Both launchers must accept a leading batch
@@ -33,6 +32,9 @@ def fused_op(reference: Launcher, forward: Launcher, backward: Launcher | None =
 
     Returns:
         A function of the reference's signature, which is also what it runs as under `torch.compile`.
+
+    Raises:
+        ValueError: when called, if a function captured a tensor that carries gradient or a batch dimension.
 
     Example:
         >>> square = fused_op(lambda x: (x * x,), lambda x: (x.square(),), lambda x, v: (2 * x * v,))
@@ -62,11 +64,7 @@ def fused_op(reference: Launcher, forward: Launcher, backward: Launcher | None =
 
     @functools.wraps(reference)
     def fused(*inputs: Tensor) -> Tensors:
-        if hoist(reference, forward, backward).captured:
-            raise ValueError(
-                "the functions of a fused_op captured a tensor that carries gradient or a batch dimension; its "
-                "gradient would be lost: make it an input"
-            )
+        refuse_captures(reference, forward, backward, inputs=inputs)
         return op(*inputs)
 
     return fused

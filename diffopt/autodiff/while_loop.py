@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff.closures import hoist
-from diffopt.autodiff.levels import any_lane, is_tracked, transforms_active, unwrap_lanes
+from diffopt.autodiff.levels import any_lane, transforms_active, unwrap_lanes
 
 __all__ = ["while_loop"]
 
@@ -88,7 +88,7 @@ def _eager_loop(cond, step, values, max_steps, body):
 def _masked(body, live):
     """The body with its captured tensors cut off in lanes that never ran: nothing says it is finite there."""
     rebuild, captured, _ = hoist(body)
-    return rebuild(*(torch.where(live, c, c.detach()) if is_tracked(c) else c for c in captured))
+    return rebuild(*(torch.where(live, c, c.detach()) for c in captured))
 
 
 def _compiled_loop(cond, step, values, max_steps):

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.autodiff import check_closed, hoist
 from diffopt.autodiff.custom_derivative import Rules, by_rule
-from diffopt.autodiff.levels import derivative_possible, derivative_wanted
+from diffopt.autodiff.levels import derivative_possible, derivative_wanted, unwrap_lanes
 from diffopt.implicit.root import check_equation, root_rules
 from diffopt.linalg import Dense, LinearSolver
 from diffopt.linalg.operators import Space
@@ -249,7 +249,7 @@ class _Call:
         vector, self.unravel = tree.ravel(x)
         if not vector.is_floating_point():
             Space.of(vector, self.unravel)  # raises, and says what to do
-        if any(vector is p or vector._base is p for p in plain):
+        if _shares_memory(vector, plain):
             vector = vector.clone()  # a result that shared an argument's memory could be overwritten with it
         if not self.options.has_aux:
             return (vector.detach(),)
@@ -308,6 +308,12 @@ class _Call:
             checked.add(key)
 
 
+def _shares_memory(vector: Tensor, others: list[Tensor]) -> bool:
+    tensors = [unwrap_lanes(t) for t in (vector, *others)]
+    first, *rest = [t.untyped_storage().data_ptr() for t in tensors]
+    return first in rest
+
+
 def _has_static_leaves(args: tuple, values: tuple, tensors: int) -> bool:
     if all(isinstance(a, Tensor) for a in (*args, *values)):
         return False
@@ -333,8 +339,8 @@ def _same_statics(previous, merge, count):
     if previous is not None:
         try:
             same = bool(previous([None] * count) == merge([None] * count))
-        except (TypeError, ValueError):
-            same = True
+        except (TypeError, ValueError, RuntimeError):
+            same = False
         if not same:
             raise TypeError("aux holds values that are not tensors and differ between lanes; return them as tensors")
     return merge

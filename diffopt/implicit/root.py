@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import choose, hoist, jvp, vjp
+from diffopt.autodiff import check_closed, choose, hoist, jvp, vjp
 from diffopt.autodiff.custom_derivative import Partial, Tensors
 from diffopt.autodiff.gradients import pullbacks
-from diffopt.autodiff.levels import derivative_possible, plain_autograd
+from diffopt.autodiff.levels import derivative_possible, derivative_wanted, plain_autograd
 from diffopt.linalg import CG, Dense, LinearSolver, Tag
 from diffopt.linalg.derivatives import flat_jacobian
 from diffopt.linalg.operators import FEW, Space
@@ -110,8 +110,11 @@ def root_jvp(
     References:
         Blondel et al. (2022), Efficient and modular implicit differentiation, eq. 2.
     """
-    given, _ = tree.partition(tangents)
     expected, _ = tree.partition(args)
+    given, _ = tree.partition(tangents)
+    if len(given) == sum(a.is_floating_point() for a in expected):  # integer arguments may have None for a tangent
+        moving = iter(given)
+        given = [next(moving) if a.is_floating_point() else torch.zeros_like(a) for a in expected]
     if [t.shape for t in given] != [t.shape for t in expected]:
         raise ValueError(
             f"tangents must be like args; got shapes {[tuple(t.shape) for t in given]} for "
@@ -128,7 +131,7 @@ def root_jvp(
 
 def _prepare(optimality_fun, sol, args, solve, symmetric):
     """The rules, and all that they are called with: the root, and the tensors of `args` and of the closure."""
-    rebuild, captured, _ = hoist(optimality_fun)
+    rebuild, captured, complete = hoist(optimality_fun)
     x, unravel = tree.ravel(sol)
     tensors, merge = tree.partition(args)
     check_equation(optimality_fun(sol, *args), sol)
@@ -137,7 +140,10 @@ def _prepare(optimality_fun, sol, args, solve, symmetric):
         closed, args = rebuild(*inputs[len(tensors) :]), merge(inputs[: len(tensors)])
         return tree.ravel(closed(unravel(vector), *args))[0]
 
-    return root_rules(flat, Space.like(sol), solve, symmetric), x, (*tensors, *captured), merge
+    inputs = (*tensors, *captured)
+    if not complete and derivative_wanted():
+        check_closed(flat, (x, *inputs), name="optimality_fun")
+    return root_rules(flat, Space.like(sol), solve, symmetric), x, inputs, merge
 
 
 def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symmetric: bool):

@@ -43,6 +43,18 @@ class Space(NamedTuple):
     device: torch.device
     unravel: Callable[[Tensor], Tree]
 
+    def check(self, value: Tree, name: str) -> Tensor:
+        """The vector of a tree of this space, once its structure, shapes, dtype and device are known to be right."""
+        vector, _ = tree.ravel(value)
+        if vector.numel() != self.size:
+            raise ValueError(f"{name} must have {self.size} elements; got {vector.numel()}. Use vmap for several")
+        if vector.dtype != self.dtype or vector.device != self.device:
+            raise TypeError(
+                f"{name} must be {self.dtype} on {self.device}, like the operator; got {vector.dtype}, {vector.device}"
+            )
+        tree.check_like(value, self.unravel(vector), name=name, reference_name="the operator's space")
+        return vector
+
     @staticmethod
     def like(example: Tree) -> "Space":
         return Space.of(*tree.ravel(example))
@@ -98,11 +110,11 @@ class LinearOperator:
 
     def matvec(self, v: Tree) -> Tree:
         """The product `A v`, a tree like the codomain."""
-        return self.codomain.unravel(self.bind(*self.parameters).matvec(_vector(v, self.domain, "v")))
+        return self.codomain.unravel(self.bind(*self.parameters).matvec(self.domain.check(v, "v")))
 
     def rmatvec(self, u: Tree) -> Tree:
         """The product `A^T u`, a tree like the domain."""
-        return self.domain.unravel(self.bind(*self.parameters).rmatvec(_vector(u, self.codomain, "u")))
+        return self.domain.unravel(self.bind(*self.parameters).rmatvec(self.codomain.check(u, "u")))
 
     def transpose(self) -> "LinearOperator":
         """The operator `A^T`."""
@@ -239,15 +251,6 @@ def bound_of(matvec: Product, rmatvec: Product, codomain: Space) -> Bound:
         return torch.func.vmap(rmatvec)(rows)
 
     return Bound(matvec, rmatvec, dense)
-
-
-def _vector(value: Tree, space: Space, name: str) -> Tensor:
-    vector, _ = tree.ravel(value)
-    if vector.numel() != space.size or vector.dtype != space.dtype:
-        raise ValueError(
-            f"{name} must have {space.size} elements of {space.dtype}; got {vector.numel()} of {vector.dtype}"
-        )
-    return vector
 
 
 def checked_tags(tags: Iterable[Tag], m: int, n: int, *known: Tag) -> frozenset[Tag]:

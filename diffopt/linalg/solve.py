@@ -91,12 +91,15 @@ def linear_solve(
                 [0.0000, 0.2500]])
     """
     if isinstance(operator, Tensor):
-        operator = matrix_operator(operator)
+        vector, _ = tree.ravel(b)
+        alike = operator.dtype == vector.dtype and operator.device == vector.device
+        fits = alike and operator.shape == (vector.numel(), vector.numel())  # else the operator says what is wrong
+        operator = matrix_operator(operator, domain=b, codomain=b) if fits else matrix_operator(operator)
     if not isinstance(operator, LinearOperator):
         raise TypeError(f"linear_solve takes a LinearOperator or a matrix; got {type(operator).__name__}")
     check_solver(solver, "solver")
-    vector = _checked_side(operator, b, "b")
-    start = None if init is None else _checked_side(operator, init, "init")
+    vector = operator.codomain.check(b, "b")
+    start = None if init is None else operator.domain.check(init, "init")
     return operator.domain.unravel(
         solve_flat(operator, vector, solver, init=start, failure="raise" if throw else "ignore")
     )
@@ -145,16 +148,22 @@ def _flat_preconditioner(solver, operator):
     M = getattr(solver, "preconditioner", None)
     if M is None or isinstance(M, _FlatProduct):
         return solver
-    return dataclasses.replace(solver, preconditioner=_FlatProduct(M, operator))
+    return dataclasses.replace(solver, preconditioner=_FlatProduct(M, operator.codomain.unravel))
 
 
 class _FlatProduct:
-    def __init__(self, M, operator: LinearOperator):
-        self.M, self.operator = M, operator
+    """A preconditioner, given as an operator or as a function of trees, as a function of flat vectors."""
+
+    def __init__(self, M, unravel):
+        self.M, self.unravel = M, unravel
 
     def __call__(self, r: Tensor) -> Tensor:
         product = self.M.matvec if isinstance(self.M, LinearOperator) else self.M
-        return tree.ravel(product(self.operator.codomain.unravel(r)))[0]
+        return tree.ravel(product(self.unravel(r)))[0]
+
+    def transpose(self) -> "_FlatProduct | None":
+        """The transposed one, for an operator; a function cannot be transposed."""
+        return _FlatProduct(self.M.transpose(), self.unravel) if isinstance(self.M, LinearOperator) else None
 
 
 def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, failure: Failure) -> Tensor:
@@ -225,17 +234,3 @@ def report(converged: Tensor, failure: Failure, name: str) -> None:
         f"{name} did not solve the linear system in every lane. Likely causes: {causes}. Pass throw=False to take the "
         f"result as it is"
     )
-
-
-def _checked_side(operator: LinearOperator, value: Tree, name: str) -> Tensor:
-    vector, _ = tree.ravel(value)
-    space = operator.codomain
-    if vector.numel() != space.size:
-        raise ValueError(
-            f"{name} must have {space.size} elements, like the operator; got {vector.numel()}. Use vmap for several"
-        )
-    if vector.dtype != space.dtype or vector.device != space.device:
-        raise TypeError(
-            f"{name} must be {space.dtype} on {space.device}, like the operator; got {vector.dtype} on {vector.device}"
-        )
-    return vector
