@@ -37,8 +37,7 @@ class Dense:
             L, info = torch.linalg.cholesky_ex(A)
             even = (A - A.mT).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5 * A.abs().amax()
             return _finite(torch.cholesky_solve(b[:, None], L)[:, 0], (info == 0) & even)
-        solution, info = torch.linalg.solve_ex(A, b[:, None])
-        return _finite(solution[:, 0], info == 0)
+        return _lu_solve(A, b)
 
     def transposed(self) -> "Dense":
         """The solver for the transposed system: itself."""
@@ -52,4 +51,16 @@ class Dense:
 
 
 def _finite(solution: Tensor, regular: Tensor) -> tuple[Tensor, Tensor]:
-    return solution, regular & solution.isfinite().all()
+    solution = torch.where(regular, solution, torch.nan)
+    return solution, solution.isfinite().all()
+
+
+def _lu_solve(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The solution by one factorization, also where `vmap` maps over `b` alone: `linalg.solve` would repeat it."""
+    sound = A.isfinite().all()
+    eye = torch.eye(b.numel(), dtype=b.dtype, device=b.device)
+    LU, pivots, info = torch.linalg.lu_factor_ex(torch.where(sound, A, eye))  # LAPACK gives no pivots for NaN
+    P, L, U = torch.lu_unpack(LU, pivots)
+    y = torch.linalg.solve_triangular(L, P.mT @ b.unsqueeze(1), upper=False, unitriangular=True)
+    solution = torch.linalg.solve_triangular(U, y, upper=True).squeeze(1)
+    return _finite(solution, sound & (info == 0))
