@@ -249,7 +249,7 @@ class _Call:
         vector, self.unravel = tree.ravel(x)
         if not vector.is_floating_point():
             Space.of(vector, self.unravel)  # raises, and says what to do
-        if _shares_memory(vector, plain):
+        if not torch.compiler.is_compiling() and _shares_memory(vector, plain):
             vector = vector.clone()  # a result that shared an argument's memory could be overwritten with it
         if not self.options.has_aux:
             return (vector.detach(),)
