@@ -295,17 +295,23 @@ def _():
         m = 0.9 * m + x * x
         return x - rate * m.sin(), m
 
-    def backward(x, m, rate, x_bar, m_bar):
+    def forward(columns, scalars):
+        rate = scalars[0].reshape(-1, 1) if scalars[0].ndim else scalars[0]
+        return tuple([o] for o in reference(columns[0][0], columns[1][0], rate))
+
+    def backward(columns, scalars, cotangents, wanted, scalars_wanted):
+        (x,), (m,), (x_bar,), (m_bar,) = *columns, *cotangents
+        rate = scalars[0].reshape(-1, 1) if scalars[0].ndim else scalars[0]
         m = 0.9 * m + x * x
         inner = m_bar - rate * m.cos() * x_bar
-        summed = (-m.sin() * x_bar).sum_to_size(rate.shape)
-        return x_bar + 2 * x * inner, 0.9 * inner, summed
+        found = [x_bar + 2 * x * inner], [0.9 * inner]
+        return tuple(f if w else None for f, w in zip(found, wanted, strict=True)), [(-m.sin() * x_bar).sum(-1)]
 
-    op = fused_op(reference, lambda *inputs: tuple(o.clone() for o in reference(*inputs)), backward)
+    op = fused_op(reference, forward, backward)
 
     def two_steps(x, m, rate):
-        x, m = op(x, m, rate)
-        return op(x, m, rate)
+        columns = op([[x], [m]], [rate])
+        return tuple(column[0] for column in op(columns, [rate]))
 
     def plain(x, m, rate):
         x, m = reference(x, m, rate)

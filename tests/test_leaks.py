@@ -22,7 +22,11 @@ exp_op = custom_derivative(
     vjp=lambda inputs, outputs, c, wanted: (outputs[0] * c[0],),
     jvp=lambda inputs, outputs, t: (outputs[0] * t[0],),
 )
-fused = fused_op(lambda x: (x * x,), lambda x: (x.square(),), lambda x, v: (2 * x * v,))
+fused = fused_op(
+    lambda x: (x * x,),
+    lambda columns, scalars: ([x.square() for x in columns[0]],),
+    lambda columns, scalars, seeds, *wanted: (([2 * x * v for x, v in zip(columns[0], seeds[0], strict=True)],), None),
+)
 sqrt = custom_root(lambda x, a: x * x - a)(lambda init, a: a.sqrt())
 sqrt_gmres = custom_root(lambda x, a: x * x - a, solve=GMRES())(lambda init, a: a.sqrt())
 sqrt_aux = custom_root(lambda x, a: x * x - a, has_aux=True)(lambda init, a: (a.sqrt(), {"a": a}))
@@ -41,7 +45,7 @@ def solved_by_cg(a):
 
 OPERATORS = {
     "custom_derivative": lambda a: exp_op(a)[0],
-    "fused_op": lambda a: fused(a)[0],
+    "fused_op": lambda a: fused([[a]])[0][0],
     "checkpoint": checkpoint(lambda a: a.sin()),
     "unroll": lambda a: unroll(lambda c, _: (c.sin(), None), a, length=3, checkpoint="sqrt")[0],
     "while_loop": lambda a: while_loop(lambda c: (c > 3).any(), lambda c: c * 0.5, a, max_steps=5),

@@ -234,7 +234,7 @@ def test_captures_of_rules_and_references_raise():
     with pytest.raises(ValueError, match="make it an input"):
         grad(lambda t: op(t).sum())(THETA)
     with pytest.raises(ValueError, match="make it an input"):
-        grad(lambda t: fused_op(lambda x: (x * t,), lambda x: (x * 2,))(ONE)[0].sum())(THETA)
+        grad(lambda t: fused_op(lambda x: (x * t,), lambda c, s: ([c[0][0] * 2],))([[ONE]])[0][0].sum())(THETA)
 
 
 def test_inference_mode_gives_the_derivatives():

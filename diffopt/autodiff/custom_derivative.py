@@ -232,6 +232,7 @@ class _CustomDerivative(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.rules, *tensors = inputs
         ctx.count = len(tensors)
+        ctx.set_materialize_grads(False)
         discrete = [o for o in output if not _differentiable(o)]
         if discrete:
             ctx.mark_non_differentiable(*discrete)
@@ -246,12 +247,12 @@ class _CustomDerivative(torch.autograd.Function):
         saved = tuple(map(unwrap_if_dead, ctx.saved_tensors))
         inputs, outputs = saved[: ctx.count], saved[ctx.count :]
         wanted = tuple(ctx.needs_input_grad[1:])
-        if any(is_legacy_batchedtensor(c) for c in cotangents):
+        if any(is_legacy_batchedtensor(c) for c in cotangents if c is not None):
             raise RuntimeError(
                 "is_grads_batched=True and vectorize=True use an older vmap that cannot map this operator; use "
                 "torch.func.jacrev, or torch.func.vmap over the pullback of torch.func.vjp"
             )
-        cotangents = tuple(c if _differentiable(o) else None for c, o in zip(cotangents, outputs, strict=True))
+        cotangents = tuple(_cotangent(c, o) for c, o in zip(cotangents, outputs, strict=True))
         found = _checked_rule("vjp", ctx.rules.vjp(inputs, outputs, cotangents, wanted), inputs, wanted)
         return None, *(f if w else None for f, w in zip(found, wanted, strict=True))
 
@@ -272,6 +273,16 @@ class _CustomDerivative(torch.autograd.Function):
     def vmap(info, in_dims, rules, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         batched = _batch(rules, in_dims[1:], info.batch_size, info.randomness)
         return _CustomDerivative.apply(batched, *inputs), 0
+
+
+def _cotangent(given: Tensor | None, output: Tensor) -> Tensor | None:
+    """The cotangent of an output: None for integers, and zeros where nothing came."""
+    if not _differentiable(output):
+        return None
+    if given is not None:
+        return given
+    # one expanded 0 costs no memory, but cannot carry a tangent
+    return torch.zeros_like(output) if transforms_active() else output.new_zeros(()).expand(output.shape)
 
 
 def _batch(rules: Rules, dims: tuple[int | None, ...], size: int, randomness: str) -> Rules:
