@@ -21,7 +21,6 @@ def adabelief(
 
     with Adam's running mean :math:`\mu`.
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.
@@ -44,6 +43,7 @@ def adabelief(
         tensor([ 0.8000, -1.8000])
 
     References:
-        Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, algorithm 2.
+        Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients",
+        NeurIPS 2020, algorithm 2.
     """
     return chain(scale_by_adabelief(b1, b2, eps, eps_root), scale_by_learning_rate(learning_rate))

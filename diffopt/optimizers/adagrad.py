@@ -18,7 +18,6 @@ def adagrad(
         s_t = s_{t-1} + g_t^2, \qquad
         \theta_{t+1} = \theta_t - \alpha\, \frac{g_t}{\sqrt{s_t + \epsilon_\text{root}} + \epsilon}
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         initial_accumulator_value: The first s, at least 0, a number or a 0-d tensor like those below.
@@ -41,6 +40,7 @@ def adagrad(
         tensor([ 0.9000, -1.9000])
 
     References:
-        Duchi, Hazan and Singer, "Adaptive Subgradient Methods", JMLR 2011, figure 1.
+        Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
+        JMLR 2011, figure 1.
     """
     return chain(scale_by_rss(initial_accumulator_value, eps, eps_root), scale_by_learning_rate(learning_rate))

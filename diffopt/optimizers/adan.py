@@ -27,7 +27,6 @@ def adan(
     with the update u of `scale_by_adan`. (The paper divides by :math:`1 + \alpha \lambda` instead, which is equal to
     first order.)
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.
@@ -53,7 +52,8 @@ def adan(
         tensor([ 0.9000, -1.9000])
 
     References:
-        Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm", TPAMI 2024, algorithm 1.
+        Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models",
+        TPAMI 2024, algorithm 1.
     """
     return chain(
         scale_by_adan(b1, b2, b3, eps, eps_root),

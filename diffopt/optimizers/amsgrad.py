@@ -21,7 +21,6 @@ def amsgrad(
 
     with Adam's running means :math:`\mu, \nu`.
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.

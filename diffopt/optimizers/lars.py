@@ -34,6 +34,7 @@ def lars(
         m_t = \gamma m_{t-1} + \alpha \frac{c \lVert \theta_t \rVert}{\lVert u \rVert + \epsilon} u, \qquad
         \theta_{t+1} = \theta_t - m_t
 
+    (The paper divides by :math:`\lVert g \rVert + \lambda \lVert \theta_t \rVert`, which is no less.)
 
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.

@@ -50,8 +50,8 @@ def muon(
         \theta_{t+1} = \theta_t - \alpha \left(\sqrt{\max(1, \text{rows} / \text{columns})}\; O(d)
         + \lambda \theta_t\right)
 
-    with the orthogonalization O of `orthogonalize`. (`torch.optim.Muon` does not scale the decay by the square root
-    either, and computes O in bfloat16.)
+    with the orthogonalization O of `orthogonalize`. Matrices are laid out as in `torch.nn.Linear`: a row an output.
+    (`torch.optim.Muon` computes the same, with O in bfloat16.)
 
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.

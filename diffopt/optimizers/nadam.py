@@ -22,7 +22,6 @@ def nadam(
 
     with the update u of `scale_by_nadam`. For a constant momentum, use ``adam(nesterov=True)``.
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.
@@ -46,7 +45,7 @@ def nadam(
         tensor([ 0.8944, -1.8944])
 
     References:
-        Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016, algorithm 2.
+        Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016.
     """
     return chain(
         scale_by_nadam(b1, b2, eps, eps_root, momentum_decay=momentum_decay), scale_by_learning_rate(learning_rate)

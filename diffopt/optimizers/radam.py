@@ -22,7 +22,6 @@ def radam(
 
     with the update u of `scale_by_radam`: the plain mean at first, then Adam's step times a factor below 1.
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.

@@ -52,8 +52,10 @@ def sam(optimizer: GradientTransformation, rho: Numeric = 0.05, *, adaptive: boo
         tensor([0.7000])
 
     References:
-        Foret et al., "Sharpness-Aware Minimization", ICLR 2021, algorithm 1 and eq. 2.
-        Kwon et al., "ASAM", ICML 2021, eq. 5, for the adaptive form.
+        Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021,
+        algorithm 1 and eq. 2.
+        Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural
+        Networks", ICML 2021, for the adaptive form.
     """
     check_hyperparameter("rho", rho, at_least=0.0)
 

@@ -55,7 +55,8 @@ def schedule_free(
         x_{t+1} = (1 - c_t) x_t + c_t z_{t+1}, \quad y_{t+1} = (1 - b_1) z_{t+1} + b_1 x_{t+1}, \\
         c_t = \frac{w_t}{\sum_{s \le t} w_s}, \qquad w_t = \left(\max_{s \le t} \alpha_s\right)^p
 
-    The parameters of the training loop are y; those to evaluate are x, in the state.
+    The parameters of the training loop are y; those to evaluate are x, in the state. The maximum is that of the
+    authors' code: the paper's weights are powers of the rate itself, which is the same until the rate falls.
 
     Args:
         learning_rate: The rate :math:`\alpha`, above 0, a number, a 0-d tensor or a schedule for the warm-up.
@@ -79,7 +80,7 @@ def schedule_free(
         (tensor([0.8000]), tensor([0.8000]))
 
     References:
-        Defazio et al., "The Road Less Scheduled", NeurIPS 2024, eqs. 5-7 and algorithm 1.
+        Defazio et al., "The Road Less Scheduled", NeurIPS 2024, algorithm 1.
     """
     if not callable(learning_rate):
         check_hyperparameter("learning_rate", learning_rate, above=0.0)

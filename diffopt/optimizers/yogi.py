@@ -24,7 +24,6 @@ def yogi(
 
     with Adam's running mean :math:`\mu`.
 
-
     Args:
         learning_rate: The rate :math:`\alpha`, a number, a 0-d tensor or a schedule.
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like those below.

@@ -48,7 +48,7 @@ def linear_onecycle_schedule(
         tensor([0.5000, 1.0000, 0.7500, 0.5000, 0.1000], dtype=torch.float64)
 
     References:
-        Smith and Topin, "Super-Convergence", 2018, section 3.
+        Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018.
     """
     _check(transition_steps, peak_value, pct_start, div_factor, final_div_factor)
     check_hyperparameter("pct_final", pct_final, above=0.0, below=1.0)
@@ -91,7 +91,7 @@ def cosine_onecycle_schedule(
         tensor([0.5000, 0.7500, 1.0000, 0.5500, 0.1000], dtype=torch.float64)
 
     References:
-        Smith and Topin, "Super-Convergence", 2018, section 3.
+        Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018.
     """
     _check(transition_steps, peak_value, pct_start, div_factor, final_div_factor)
     values = (peak_value / div_factor, peak_value, peak_value / (div_factor * final_div_factor))

@@ -67,6 +67,8 @@ def scale_by_amsgrad(
         \hat\nu_t = \max(\hat\nu_{t-1}, \nu_t), \quad
         u_t = \frac{\mu_t / (1 - b_1^t)}{\sqrt{\hat\nu_t / (1 - b_2^t) + \epsilon_\text{root}} + \epsilon}
 
+    The corrections for bias are Adam's, the second after the maximum, as in torch; the paper has none.
+
     Args:
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like all four.
         b2: Decay of the mean square, in [0, 1).
@@ -149,7 +151,8 @@ def scale_by_nadam(
         u_t = \frac{\frac{1 - \gamma_t}{1 - \Gamma_t} g_t + \frac{\gamma_{t+1}}{1 - \Gamma_{t+1}} \mu_t}
         {\sqrt{\nu_t / (1 - b_2^t) + \epsilon_\text{root}} + \epsilon}
 
-    with Adam's running means :math:`\mu, \nu`. For a constant momentum, use ``scale_by_adam(nesterov=True)``.
+    with Adam's running means :math:`\mu, \nu`. The warm-up is torch's. For a constant momentum, use
+    ``scale_by_adam(nesterov=True)``.
 
     Args:
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like all five.
@@ -171,7 +174,7 @@ def scale_by_nadam(
         tensor([ 1.0564, -1.0564])
 
     References:
-        Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016, algorithm 2 and section 3.
+        Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016.
     """
     _check(b1, b2, eps, eps_root)
     check_hyperparameter("momentum_decay", momentum_decay, at_least=0.0)
@@ -221,15 +224,16 @@ def scale_by_radam(
         \begin{cases} r_t \frac{\sqrt{1 - b_2^t}}{\sqrt{\nu_t + \epsilon_\text{root}} + \epsilon}
         & \rho_t > \text{threshold} \\ 1 & \text{else} \end{cases}
 
-    with Adam's running means :math:`\mu, \nu`.
+    with Adam's running means :math:`\mu, \nu`. As in torch, both epsilons meet :math:`\nu` before its correction for
+    bias; the paper has none.
 
     Args:
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like all five.
         b2: Decay of the mean square, in [0, 1).
         eps: Added outside the root, at least 0.
         eps_root: Added inside the root, at least 0.
-        threshold: The length of the approximated average above which the mean square is used, at least 4. It has no
-            derivative.
+        threshold: The length of the approximated average above which the mean square is used, at least 4: the
+            default is torch's, 4 the paper's. It has no derivative.
 
     Returns:
         A transformation with `ScaleByAdamState`, whose updates keep their dtypes.
@@ -296,7 +300,8 @@ def scale_by_adabelief(
         tensor([ 2., -2.])
 
     References:
-        Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, algorithm 2.
+        Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients",
+        NeurIPS 2020, algorithm 2.
     """
     _check(b1, b2, eps, eps_root)
 
@@ -323,7 +328,7 @@ def scale_by_yogi(
         \nu_t = \nu_{t-1} - (1 - b_2)\, \text{sign}(\nu_{t-1} - g_t^2)\, g_t^2, \quad
         u_t = \frac{\mu_t / (1 - b_1^t)}{\sqrt{\nu_t / (1 - b_2^t) + \epsilon_\text{root}} + \epsilon}
 
-    The corrections for bias are Adam's; the paper has none.
+    The corrections for bias are Adam's; the paper has none. The mean :math:`\mu` starts at 0.
 
     Args:
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like all five.

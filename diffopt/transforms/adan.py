@@ -42,7 +42,8 @@ def scale_by_adan(
         u_t = \frac{m_t / (1 - b_1^t) + b_2 v_t / (1 - b_2^t)}
         {\sqrt{n_t / (1 - b_3^t) + \epsilon_\text{root}} + \epsilon}
 
-    The decays are one minus the paper's.
+    The decays are one minus the paper's, so that :math:`b_2` is its :math:`1 - \beta_2`. The corrections for bias are
+    those of the authors' code.
 
     Args:
         b1: Decay of the mean, in [0, 1), a number or a 0-d tensor like all five.
@@ -64,7 +65,8 @@ def scale_by_adan(
         tensor([ 1., -1.])
 
     References:
-        Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm", TPAMI 2024, algorithm 1.
+        Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models",
+        TPAMI 2024, algorithm 1.
     """
     for name, decay in {"b1": b1, "b2": b2, "b3": b3}.items():
         check_hyperparameter(name, decay, at_least=0.0, below=1.0)

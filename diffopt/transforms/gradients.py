@@ -49,7 +49,8 @@ def centralize() -> GradientTransformation:
         [tensor([[-1.,  1.]]), tensor([2.])]
 
     References:
-        Yong et al., "Gradient Centralization", ECCV 2020, eq. 1.
+        Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+        ECCV 2020, eq. 1.
     """
 
     def rule(g):

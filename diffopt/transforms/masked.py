@@ -46,7 +46,8 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
     Args:
         inner: The transformation. It sees trees with `MaskedNode` in place of the other leaves.
         mask: A tree of bools with the structure of the parameters, a prefix of one (a bool stands for the whole
-            subtree in its place), or a function from the parameters to either.
+            subtree in its place), or a function from the parameters to either. (torch.compile does not trace
+            `diffopt.tree.map` to values that are no tensors; in such a function, use `optree.tree_map`.)
 
     Returns:
         A transformation with `MaskedState`.
@@ -84,7 +85,7 @@ def partition(
     Args:
         transformations: From labels to transformations.
         labels: A tree of strings with the structure of the parameters, a prefix of one, or a function from the
-            parameters to either.
+            parameters to either, as in `masked`.
 
     Returns:
         A transformation with `PartitionState`.

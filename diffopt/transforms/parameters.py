@@ -83,7 +83,8 @@ def polyak_average(decay: Numeric | None = None) -> GradientTransformation:
         tensor([4.])
 
     References:
-        Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, eq. 3.
+        Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
+        Optimization, 1992.
     """
     if decay is not None:
         check_hyperparameter("decay", decay, at_least=0.0, below=1.0)

@@ -39,7 +39,7 @@ def scale_by_trust_ratio(
         tensor([6., 8.])
 
     References:
-        You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, eq. 6.
+        You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, section 4.
     """
     check_hyperparameter("min_norm", min_norm, at_least=0.0)
     check_hyperparameter("trust_coefficient", trust_coefficient)
@@ -82,7 +82,8 @@ def scale_by_polyak(
         tensor([0.5000])
 
     References:
-        Loizou et al., "Stochastic Polyak Step-size for SGD", AISTATS 2021, eq. 3 (SPS_max).
+        Loizou et al., "Stochastic Polyak Step-size for SGD: An Adaptive Learning Rate for Fast Convergence",
+        AISTATS 2021: SPS_max with c = 1.
     """
     check_hyperparameter("f_min", f_min)
     check_hyperparameter("max_learning_rate", max_learning_rate, above=0.0)
