@@ -66,7 +66,8 @@ def prodigy(
         \theta_{t+1} = \theta_t - a_t \left(\frac{\mu_t}
         {\sqrt{\nu_t + d_t^2 \epsilon_\text{root}} + d_t \epsilon} + \lambda \theta_t\right)
 
-    Here the new d serves from the next step on.
+    The new d serves from the next step on, in eps too (the authors' code has the new one there). The corrections for
+    bias are an option of that code; the paper has none.
 
     Args:
         learning_rate: The factor :math:`\alpha`, a number, a 0-d tensor or a schedule. Leave it at 1 but for its
@@ -94,7 +95,7 @@ def prodigy(
         tensor([ 0.9000, -1.9000])
 
     References:
-        Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", ICML 2024, algorithm 4.
+        Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", ICML 2024.
     """
     if not callable(learning_rate):
         check_hyperparameter("learning_rate", learning_rate)
@@ -124,18 +125,11 @@ def prodigy(
         size = rate * d * torch.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
         keep = torch.sqrt(torch.zeros_like(d) + b2) if b3 is None else torch.zeros_like(d) + b3
         weight = d * size / (as_dtype(d0, torch.float64) ** 2)
-        rows, inner, total = [], torch.zeros_like(d), torch.zeros_like(d)
-        for g, p, start, mu, nu, s in zip(grads, ps, *columns, strict=True):
-            dt = mu.dtype
-            scalars = (d, size, keep, weight, b1, 1 - b1, b2, 1 - b2, eps, eps_root, weight_decay)
-            dd, a, k, w, c1, r1, c2, r2, e, root, decay = (as_dtype(value, dt) for value in scalars)
-            precise, theta = g.to(dt), p.to(dt)
-            mu, nu = c1 * mu + r1 * dd * precise, c2 * nu + r2 * (dd * precise) ** 2
-            s = k * s + w * precise
-            inner = inner + (precise * (start - theta)).sum()
-            total = total + s.abs().sum()
-            out = -a * (mu / (torch.sqrt(nu + dd * dd * root) + dd * e) + decay * theta)
-            rows.append((out.to(g.dtype), mu, nu, s))
+        scalars = (d, size, keep, weight, b1, 1 - b1, b2, 1 - b2, eps, eps_root, weight_decay)
+        cast = {dtype: tuple(as_dtype(value, dtype) for value in scalars) for dtype in {m.dtype for m in columns[1]}}
+        slots = zip(*columns, strict=True)
+        rows = [_step(g, p, own, cast[own[1].dtype]) for g, p, own in zip(grads, ps, slots, strict=True)]
+        inner, total = (sum((row[i] for row in rows), torch.zeros_like(d)) for i in (4, 5))
         numerator = keep * state.numerator + weight * inner
         some = total > 0
         estimate = as_dtype(d_coefficient, torch.float64) * numerator / torch.where(some, total, 1.0)
@@ -144,3 +138,14 @@ def prodigy(
         return out, ProdigyState(count, d, numerator, state.start, mu, nu, s)
 
     return GradientTransformation(init, update)
+
+
+def _step(g: Tensor, p: Tensor, slots: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Give one leaf's update, its new slots, and its shares of the estimate's two sums."""
+    start, mu, nu, s = slots
+    d, size, keep, weight, b1, rest1, b2, rest2, eps, eps_root, weight_decay = scalars
+    precise, theta = g.to(mu.dtype), p.to(mu.dtype)
+    mu, nu = b1 * mu + rest1 * d * precise, b2 * nu + rest2 * (d * precise) ** 2
+    s = keep * s + weight * precise
+    out = -size * (mu / (torch.sqrt(nu + d * d * eps_root) + d * eps) + weight_decay * theta)
+    return out.to(g.dtype), mu, nu, s, (precise * (start - theta)).sum(), s.abs().sum()

@@ -3,9 +3,11 @@
 With ``eps_root = 0``, the derivative through a zero gradient is NaN where the root is of 0, as in `scale_by_adam`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffopt.transforms.base import GradientTransformation
 from diffopt.transforms.leafwise import leafwise
@@ -98,14 +100,12 @@ def scale_by_rms(
     References:
         Tieleman and Hinton, "Lecture 6.5, RMSProp", Coursera, 2012.
     """
-    _check(decay, eps, eps_root)
-    check_hyperparameter("initial_scale", initial_scale, at_least=0.0)
 
     def rule(g, nu, decay, rest, eps, eps_root):
         nu = decay * nu + rest * g * g
         return g / (torch.sqrt(nu + eps_root) + eps), nu
 
-    return leafwise(ScaleByRmsState, rule, lambda count: (decay, 1 - decay, eps, eps_root), initial=initial_scale)
+    return _decaying(ScaleByRmsState, rule, decay, eps, eps_root, initial_scale)
 
 
 def scale_by_stddev(
@@ -138,14 +138,12 @@ def scale_by_stddev(
     References:
         Graves, "Generating Sequences With Recurrent Neural Networks", 2013, eqs. 38-40.
     """
-    _check(decay, eps, eps_root)
-    check_hyperparameter("initial_scale", initial_scale, at_least=0.0)
 
     def rule(g, mu, nu, decay, rest, eps, eps_root):
         mu, nu = decay * mu + rest * g, decay * nu + rest * g * g
         return g / (torch.sqrt((nu - mu * mu).clamp(min=0.0) + eps_root) + eps), mu, nu
 
-    return leafwise(ScaleByStddevState, rule, lambda count: (decay, 1 - decay, eps, eps_root), initial=initial_scale)
+    return _decaying(ScaleByStddevState, rule, decay, eps, eps_root, initial_scale)
 
 
 def scale_by_rss(
@@ -173,10 +171,10 @@ def scale_by_rss(
         tensor([ 1., -1.])
 
     References:
-        Duchi, Hazan and Singer, "Adaptive Subgradient Methods", JMLR 2011, figure 1.
+        Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
+        JMLR 2011, figure 1.
     """
-    check_hyperparameter("initial_accumulator_value", initial_accumulator_value, at_least=0.0)
-    _check(0.0, eps, eps_root)
+    _check_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps, eps_root=eps_root)
 
     def rule(g, total, eps, eps_root):
         total = total + g * g
@@ -212,7 +210,7 @@ def scale_by_adadelta(rho: Numeric = 0.9, eps: Numeric = 1e-6) -> GradientTransf
         Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012, algorithm 1.
     """
     check_hyperparameter("rho", rho, at_least=0.0, below=1.0)
-    check_hyperparameter("eps", eps, at_least=0.0)
+    _check_nonnegative(eps=eps)
 
     def rule(g, e_g, e_x, rho, rest, eps):
         e_g = rho * e_g + rest * g * g
@@ -222,7 +220,19 @@ def scale_by_adadelta(rho: Numeric = 0.9, eps: Numeric = 1e-6) -> GradientTransf
     return leafwise(ScaleByAdadeltaState, rule, lambda count: (rho, 1 - rho, eps))
 
 
-def _check(decay: Numeric, eps: Numeric, eps_root: Numeric) -> None:
+def _decaying(
+    state_type: Callable[..., Any],
+    rule: Callable[..., tuple[Tensor, ...]],
+    decay: Numeric,
+    eps: Numeric,
+    eps_root: Numeric,
+    initial_scale: Numeric,
+) -> GradientTransformation:
     check_hyperparameter("decay", decay, at_least=0.0, below=1.0)
-    check_hyperparameter("eps", eps, at_least=0.0)
-    check_hyperparameter("eps_root", eps_root, at_least=0.0)
+    _check_nonnegative(eps=eps, eps_root=eps_root, initial_scale=initial_scale)
+    return leafwise(state_type, rule, lambda count: (decay, 1 - decay, eps, eps_root), initial=initial_scale)
+
+
+def _check_nonnegative(**values: Numeric) -> None:
+    for name, value in values.items():
+        check_hyperparameter(name, value, at_least=0.0)

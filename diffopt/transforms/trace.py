@@ -1,18 +1,10 @@
 """Momentum: a decaying sum of past updates."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from diffopt import tree
 from diffopt.transforms.base import GradientTransformation
-from diffopt.transforms.leaves import (
-    as_dtype,
-    check_hyperparameter,
-    flatten_floating,
-    flatten_like,
-    precise_dtype,
-)
+from diffopt.transforms.leafwise import leafwise
+from diffopt.transforms.leaves import check_hyperparameter
 from diffopt.typing import Numeric, Tree
 
 __all__ = ["TraceState", "trace"]
@@ -57,25 +49,13 @@ def trace(decay: Numeric, nesterov: bool = False) -> GradientTransformation:
         tensor([1.7500])
 
     References:
-        Polyak, "Some methods of speeding up the convergence of iteration methods", 1964, eq. 9.
+        Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
         Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, eqs. 3-4.
     """
     check_hyperparameter("decay", decay)
 
-    def init(params: Tree) -> TraceState:
-        leaves, treespec = flatten_floating(params, "params")
-        zeros = [torch.zeros_like(leaf, dtype=precise_dtype(leaf.dtype)) for leaf in leaves]
-        return TraceState(tree.unflatten(treespec, zeros))
+    def rule(g, m, gamma):
+        m = gamma * m + g
+        return g + gamma * m if nesterov else m, m
 
-    def update(updates: Tree, state: TraceState, params: Tree | None = None, **extra: Any) -> tuple[Tree, TraceState]:
-        grads, treespec = flatten_floating(updates, "updates")
-        traces = flatten_like(state.trace, grads, treespec, name="state.trace")
-        out, new = [], []
-        for g, m in zip(grads, traces, strict=True):
-            gamma, precise = as_dtype(decay, m.dtype), g.to(m.dtype)
-            m = gamma * m + precise
-            new.append(m)
-            out.append((precise + gamma * m if nesterov else m).to(g.dtype))
-        return tree.unflatten(treespec, out), TraceState(tree.unflatten(treespec, new))
-
-    return GradientTransformation(init, update)
+    return leafwise(TraceState, rule, lambda count: (decay,))

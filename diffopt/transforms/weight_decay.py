@@ -5,6 +5,7 @@ from typing import Any
 
 from diffopt import tree
 from diffopt.transforms.base import EmptyState, GradientTransformation
+from diffopt.transforms.leafwise import need_params
 from diffopt.transforms.leaves import (
     as_dtype,
     check_hyperparameter,
@@ -26,8 +27,8 @@ def add_decayed_weights(
     Args:
         weight_decay: The multiple :math:`\lambda`, at least 0, a number or a 0-d tensor.
         mask: Which leaves decay: a tree of bools with the structure of the parameters, a prefix of one (a bool
-            stands for the whole subtree in its place), or a function from the parameters to either. Default:
-            all.
+            stands for the whole subtree in its place), or a function from the parameters to either, as in `masked`.
+            Default: all.
 
     Returns:
         A stateless transformation, whose update needs ``params`` and keeps the updates' dtypes.
@@ -56,10 +57,7 @@ def add_decayed_weights(
         return EmptyState()
 
     def update(updates: Tree, state: EmptyState, params: Tree | None = None, **extra: Any) -> tuple[Tree, EmptyState]:
-        if params is None:
-            raise ValueError(
-                "`add_decayed_weights` needs the parameters: call update(grads, state, params), or `step`."
-            )
+        params = need_params(params, "add_decayed_weights")
         grads, treespec = flatten_floating(updates, "updates")
         leaves = flatten_like(params, grads, treespec, name="params")
         out = []
