@@ -6,7 +6,7 @@ the slice of the whole. Use a key once: `split` it, or `fold_in` a step count, f
 
 Draws of 2^20 numbers or more on the CPU run through a body compiled on first use (some seconds for each
 distribution and dtype, then about the speed of `torch.randn`; smaller ones run eagerly at a quarter of it).
-Set the environment variable ``DIFFOPT_COMPILE_DRAWS=0`` to keep all draws eager, as they are where no C++
+Set the environment variable ``DIFFOPT_COMPILE=0`` to keep all draws eager, as they are where no C++
 compiler is found. Integer words are the same everywhere; floats agree to a few units in the last place
 between eager, compiled and CUDA draws.
 """

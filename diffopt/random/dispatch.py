@@ -70,7 +70,7 @@ def draw(sampler: Sampler, key: Tensor, size: int, start: int, dtype: torch.dtyp
         return sampler.reference(key, size, start, dtype)
     # Whole blocks are drawn; the numbers of the first one that come before start are cut off.
     offset = start % 4
-    if size >= COMPILE_FROM and compiled.available():
+    if size >= COMPILE_FROM:
         out = compiled.fill(sampler.body, key, size + offset, start // 4, dtype)
         if out is not None:
             return out[offset:]

@@ -1,4 +1,4 @@
-"""diffopt.random.compiled: large draws equal eager ones, compile once, and fall back with a warning."""
+"""Large draws equal eager ones, compile once, and fall back with a warning."""
 
 import shutil
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffopt import random
-from diffopt.random import compiled, dispatch
+from diffopt.autodiff import compiled_body
+from diffopt.random import dispatch
 
 KEY = random.key(11)
 LARGE = dispatch.COMPILE_FROM
@@ -20,11 +21,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 @needs_compiler
 def test_large_draws_equal_eager_ones(monkeypatch):
     large = random.normal(KEY, (LARGE + 5,), start=3)
-    monkeypatch.setenv("DIFFOPT_COMPILE_DRAWS", "0")
+    monkeypatch.setenv("DIFFOPT_COMPILE", "0")
     eager = random.normal(KEY, (LARGE + 5,), start=3)
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(large, eager, rtol=ULPS * eps, atol=ULPS * eps)
-    assert not compiled.available()
+    assert not compiled_body.available()
 
 
 @needs_compiler
@@ -36,30 +37,30 @@ def test_integer_draws_are_equal_and_length_and_start_compile_nothing(monkeypatc
             longer = random.uniform(KEY, (2 * LARGE + 1,), start=5)
         later = random.uniform(random.key(1), (LARGE + 100,), start=1 << 40)
     assert torch.equal(longer[: LARGE - 5], large[5:])
-    monkeypatch.setenv("DIFFOPT_COMPILE_DRAWS", "0")
+    monkeypatch.setenv("DIFFOPT_COMPILE", "0")
     assert torch.equal(later, random.uniform(random.key(1), (LARGE + 100,), start=1 << 40))
 
 
 def test_a_missing_compiler_is_said_once(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiled._has_compiler.cache_clear()
+    compiled_body._has_compiler.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found: .* DIFFOPT_COMPILE_DRAWS=0"):
+        with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found: .* DIFFOPT_COMPILE=0"):
             values = random.rademacher(KEY, (LARGE,))
         assert torch.equal(values[:100], random.rademacher(KEY, (100,)))
         random.rademacher(KEY, (LARGE,))
     finally:
-        compiled._has_compiler.cache_clear()
+        compiled_body._has_compiler.cache_clear()
 
 
 def test_a_failing_compiler_is_said_once(monkeypatch):
-    def broken(body):
+    def broken(body, dynamic):
         raise RuntimeError("no such header")
 
-    monkeypatch.setattr(compiled, "_compiled", broken)
-    monkeypatch.setattr(compiled, "_has_compiler", lambda: True)
-    monkeypatch.setattr(compiled, "_broken", set())
-    with pytest.warns(RuntimeWarning, match=r"compiling a draw failed \(no such header\)"):
+    monkeypatch.setattr(compiled_body, "_compiled", broken)
+    monkeypatch.setattr(compiled_body, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compiled_body, "_broken", set())
+    with pytest.warns(RuntimeWarning, match=r"compiling rademacher_chunk failed \(no such header\)"):
         values = random.rademacher(KEY, (LARGE,))
     assert torch.equal(values[:100], random.rademacher(KEY, (100,)))
     random.rademacher(KEY, (LARGE,))
