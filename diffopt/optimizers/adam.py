@@ -1,7 +1,9 @@
 """Adam: steps of a size that does not depend on the scale of the gradient."""
 
 from diffopt.transforms import GradientTransformation, chain, scale_by_adam, scale_by_learning_rate
+from diffopt.transforms.fusion import fuse
 from diffopt.typing import Numeric, Schedule
+from diffopt_kernels.steps import ADAM
 
 __all__ = ["adam"]
 
@@ -49,4 +51,10 @@ def adam(
     References:
         Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
     """
-    return chain(scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov), scale_by_learning_rate(learning_rate))
+    transformation = chain(
+        scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov), scale_by_learning_rate(learning_rate)
+    )
+    if nesterov:
+        return transformation
+    hyperparameters = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "weight_decay": 0.0}
+    return fuse(transformation, ADAM, learning_rate, hyperparameters)

@@ -9,7 +9,9 @@ from diffopt.transforms import (
     scale_by_adam,
     scale_by_learning_rate,
 )
+from diffopt.transforms.fusion import fuse
 from diffopt.typing import Numeric, Schedule, Tree
+from diffopt_kernels.steps import ADAM
 
 __all__ = ["adamw"]
 
@@ -64,8 +66,12 @@ def adamw(
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2.
     """
-    return chain(
+    transformation = chain(
         scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
+    if nesterov:
+        return transformation
+    hyperparameters = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
+    return fuse(transformation, ADAM, learning_rate, hyperparameters, mask)

@@ -2,8 +2,16 @@
 
 from collections.abc import Callable
 
-from diffopt.transforms import GradientTransformation, add_decayed_weights, chain, scale_by_learning_rate, scale_by_lion
+from diffopt.transforms import (
+    GradientTransformation,
+    add_decayed_weights,
+    chain,
+    scale_by_learning_rate,
+    scale_by_lion,
+)
+from diffopt.transforms.fusion import fuse
 from diffopt.typing import Numeric, Schedule, Tree
+from diffopt_kernels.steps import LION
 
 __all__ = ["lion"]
 
@@ -49,4 +57,7 @@ def lion(
     References:
         Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023, algorithm 2.
     """
-    return chain(scale_by_lion(b1, b2), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
+    transformation = chain(
+        scale_by_lion(b1, b2), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate)
+    )
+    return fuse(transformation, LION, learning_rate, {"b1": b1, "b2": b2, "weight_decay": weight_decay}, mask)

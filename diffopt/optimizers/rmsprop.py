@@ -8,7 +8,9 @@ from diffopt.transforms import (
     scale_by_stddev,
     trace,
 )
+from diffopt.transforms.fusion import fuse
 from diffopt.typing import Numeric, Schedule
+from diffopt_kernels.steps import RMSPROP
 
 __all__ = ["rmsprop"]
 
@@ -62,5 +64,8 @@ def rmsprop(
     if momentum is None:
         if nesterov:
             raise ValueError("`nesterov=True` needs a momentum, such as momentum=0.9.")
-        return chain(scaled, scale_by_learning_rate(learning_rate))
+        transformation = chain(scaled, scale_by_learning_rate(learning_rate))
+        if centered:
+            return transformation
+        return fuse(transformation, RMSPROP, learning_rate, {"decay": decay, "eps": eps, "eps_root": eps_root})
     return chain(scaled, trace(momentum, nesterov), scale_by_learning_rate(learning_rate))

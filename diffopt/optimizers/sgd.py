@@ -1,7 +1,9 @@
 """Stochastic gradient descent, with or without momentum."""
 
 from diffopt.transforms import GradientTransformation, chain, scale_by_learning_rate, trace
+from diffopt.transforms.fusion import fuse
 from diffopt.typing import Numeric, Schedule
+from diffopt_kernels.steps import MOMENTUM, NESTEROV, SGD
 
 __all__ = ["sgd"]
 
@@ -43,5 +45,6 @@ def sgd(
     if momentum is None:
         if nesterov:
             raise ValueError("`nesterov=True` needs a momentum, such as momentum=0.9.")
-        return chain(scale_by_learning_rate(learning_rate))
-    return chain(trace(momentum, nesterov), scale_by_learning_rate(learning_rate))
+        return fuse(chain(scale_by_learning_rate(learning_rate)), SGD, learning_rate, {})
+    transformation = chain(trace(momentum, nesterov), scale_by_learning_rate(learning_rate))
+    return fuse(transformation, NESTEROV if nesterov else MOMENTUM, learning_rate, {"decay": momentum})

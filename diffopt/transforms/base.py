@@ -6,7 +6,10 @@ r"""The grammar: a gradient transformation is a pair of pure functions, and upda
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from diffopt import tree
+from diffopt.transforms.donation import check_donation
 from diffopt.transforms.leaves import flatten_floating, flatten_like
 from diffopt.typing import Tree
 
@@ -19,8 +22,8 @@ class GradientTransformation(NamedTuple):
     Attributes:
         init: ``init(params) -> state``. States are (nested) named tuples of tensors.
         update: ``update(updates, state, params=None, **extra) -> (updates, state)``. It mutates nothing.
-        step: ``step(grads, state, params, **extra) -> (params, state)``, where one pass can do better than
-            `update` followed by `apply_updates`, with the same result; else None. Call it through `step`.
+        step: ``step(grads, state, params, *, donate=False, **extra) -> (params, state)``, where one pass can do better
+            than `update` followed by `apply_updates`, with the same result; else None. Call it through `step`.
 
     Example:
         >>> import torch
@@ -88,7 +91,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return tree.unflatten(treespec, [(p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)])
 
 
-def step(optimizer: GradientTransformation, grads: Tree, state: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
+def step(
+    optimizer: GradientTransformation, grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any
+) -> tuple[Tree, Any]:
     r"""Take one step: `update`, then `apply_updates`, or the transformation's own `step` where it has one.
 
     .. math:: (u, s_{t+1}) = \text{update}(g, s_t, \theta_t), \qquad \theta_{t+1} = \theta_t + u
@@ -98,14 +103,19 @@ def step(optimizer: GradientTransformation, grads: Tree, state: Any, params: Tre
         grads: Gradients, a tree like params.
         state: The state, from ``optimizer.init(params)`` or the step before.
         params: The parameters.
+        donate: Whether the memory of params and state may be written over, as in JAX: use only what comes back.
+            Optimizers with a fused step (`adam`, `adamw`, `sgd`, `rmsprop`, `lion`) then step in place; a graph that
+            saved one of the tensors raises in its backward pass.
         **extra: What members of the transformation ask for, such as ``value``.
 
     Returns:
-        The new parameters and the new state. The arguments are unchanged.
+        The new parameters and the new state. Without donate, the arguments are unchanged.
 
     Raises:
-        ValueError: If structures or shapes differ; the message names the path.
+        ValueError: If structures or shapes differ; the message names the path. With donate, also if tensors share
+            memory (tied leaves, views of one tensor, expanded ones).
         TypeError: If a leaf is not a floating-point tensor.
+        RuntimeError: With donate, under a live transform, or if a tensor requires grad in grad mode.
 
     Example:
         >>> import torch
@@ -116,6 +126,8 @@ def step(optimizer: GradientTransformation, grads: Tree, state: Any, params: Tre
         tensor([0.8000, 1.6000])
     """
     if optimizer.step is not None:
-        return optimizer.step(grads, state, params, **extra)
+        return optimizer.step(grads, state, params, **({"donate": True} if donate else {}), **extra)
+    if donate and not torch.compiler.is_compiling():
+        check_donation([*tree.leaves(params), *tree.leaves(state)], tree.leaves(grads))
     updates, state = optimizer.update(grads, state, params, **extra)
     return apply_updates(params, updates), state

@@ -1,0 +1,119 @@
+"""Where a fused step runs: the one place that decides.
+
+CUDA tensors take one launch of the Triton kernel. On the CPU, torch's own fused functions take lists of leaves where
+they have the rule and no derivative is asked for; everything else runs block by block, compiled where the tree is
+large. Each way gives the same numbers to rounding.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffopt.autodiff import compiled_body, fused_op
+from diffopt.transforms.fusion import blocks, torch_fused
+from diffopt.typing import Numeric
+from diffopt_kernels import multi_tensor
+from diffopt_kernels.steps import StepRule
+
+__all__ = ["differentiable_step", "plain_step"]
+
+Columns = Sequence[Sequence[Tensor]]
+
+
+def plain_step(
+    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None, *, donate: bool
+) -> Sequence[Sequence[Tensor]]:
+    """Step all leaves where no derivative can be asked for.
+
+    Args:
+        rule: The step.
+        columns: Lists of plain parameters, gradients and moments, each of one dtype and device.
+        scalars: The rule's scalars by name.
+        count: The count of steps, this one included, where the rule has one.
+        donate: Whether to write over the parameters and moments.
+
+    Returns:
+        The new parameters and moments; with donate, the same tensors.
+    """
+    written = (columns[0], *columns[2:])
+    if columns[0][0].is_cuda and has_triton():
+        return multi_tensor.step(rule, columns, _tensors(rule, scalars, columns), out=written if donate else None)
+    flat = len(columns[0]) == 1 and columns[0][0].numel() >= blocks.COMPILE_FROM and compiled_body.available()
+    if columns[0][0].is_cpu and not flat and torch_fused.serves(rule, columns, scalars):
+        return _by_torch(rule, columns, scalars, count, donate)
+    if not donate:
+        return blocks.step(rule, columns, _tensors(rule, scalars, columns))
+    blocks.step_in_place(rule, columns, _tensors(rule, scalars, columns))
+    return written
+
+
+def differentiable_step(rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric]) -> tuple[list[Tensor], ...]:
+    """Step all leaves, differentiably in the columns and the scalars, under any transform.
+
+    Args:
+        rule: The step.
+        columns: Lists of parameters, gradients and moments, each of one dtype and device.
+        scalars: The rule's scalars by name.
+
+    Returns:
+        The new parameters and moments.
+    """
+    return _operator(rule)(columns, _tensors(rule, scalars, columns))
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _operator(rule: StepRule) -> Callable[..., tuple[list[Tensor], ...]]:
+    return fused_op(rule.reference, functools.partial(_forward, rule), functools.partial(_backward, rule))
+
+
+def _forward(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    home = multi_tensor if columns[0][0].is_cuda and has_triton() else blocks
+    return home.step(rule, columns, scalars)
+
+
+def _backward(
+    rule: StepRule,
+    columns: Columns,
+    scalars: Sequence[Tensor],
+    cotangents: Columns,
+    wanted: tuple[bool, ...],
+    scalars_wanted: bool,
+) -> tuple[tuple[list[Tensor] | None, ...], list[Tensor] | None]:
+    home = multi_tensor if columns[0][0].is_cuda and has_triton() else blocks
+    return home.step_backward(rule, columns, scalars, cotangents, wanted, scalars_wanted)
+
+
+def _tensors(rule: StepRule, scalars: Mapping[str, Numeric], columns: Columns) -> list[Tensor]:
+    """The scalars in the rule's order, float64 and 0-d, on the device of the leaves."""
+    device = columns[0][0].device
+    values = [scalars[name] for name in rule.scalars]
+    numbers = iter(torch.tensor([v for v in values if not isinstance(v, Tensor)], dtype=torch.float64, device=device))
+    return [v.to(device, torch.float64) if isinstance(v, Tensor) else next(numbers) for v in values]
+
+
+def _by_torch(
+    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None, donate: bool
+) -> Sequence[Sequence[Tensor]]:
+    written = (columns[0], *columns[2:])
+    ready = [list(map(Tensor.contiguous, column)) for column in columns]
+    if not donate:
+        for j in (0, *range(2, len(columns))):
+            ready[j] = [x.clone(memory_format=torch.contiguous_format) for x in columns[j]]
+    torch_fused.step_in_place(rule, ready, scalars, count)
+    new = (ready[0], *ready[2:])
+    if not donate:
+        return new
+    for column, fresh in zip(written, new, strict=True):
+        for x, y in zip(column, fresh, strict=True):
+            if x is not y:
+                x.copy_(y)
+    return written
