@@ -258,15 +258,17 @@ def scale_by_radam(
         rho_inf = 2 / (1 - decay) - 1
         rho = rho_inf - 2 * t * (1 - correction) / correction
         rectified = rho > as_dtype(threshold, torch.float64)
+        # Any lengths above 4 where they are not used, so that no NaN meets a zero in a derivative.
+        rho, rho_inf = torch.where(rectified, rho, 5.0), torch.where(rectified, rho_inf, 6.0)
         ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        # The root of 1 where it is not used, so that no NaN meets a zero in a derivative.
-        factor = torch.sqrt(torch.where(rectified, ratio * correction, 1.0))
+        factor = torch.sqrt(ratio * correction)
         return b1, 1 - b1, b2, 1 - b2, bias_correction(b1, count), rectified.to(torch.float64), factor, eps, eps_root
 
     def rule(g, mu, nu, b1, rest1, b2, rest2, correction1, rectified, factor, eps, eps_root):
         mu, nu = b1 * mu + rest1 * g, b2 * nu + rest2 * g * g
         mean = mu / correction1
-        return torch.where(rectified > 0, mean * factor / (torch.sqrt(nu + eps_root) + eps), mean), mu, nu
+        root = torch.sqrt(torch.where(rectified > 0, nu + eps_root, 1.0))
+        return torch.where(rectified > 0, mean * factor / (root + eps), mean), mu, nu
 
     return leafwise(ScaleByAdamState, rule, scalars)
 
