@@ -31,11 +31,12 @@ from diffopt.optimizers import (
     sgd,
     yogi,
 )
-from diffopt.transforms import step
+from diffopt.transforms import scale_by_adam, step
 from optimizers.problems import loss, start
 
 MASK = {"w": True, "b": (False, True)}
 ADAM = {"learning_rate": 0.05, "b1": 0.8, "b2": 0.9, "eps": 0.01, "eps_root": 0.02}
+MUON_ADAM = {"adam_b1": 0.8, "adam_b2": 0.9, "adam_eps": 0.01, "adam_eps_root": 0.02}
 OPTIMIZERS = {
     "sgd": (sgd, {"learning_rate": 0.05}),
     "momentum": (sgd, {"learning_rate": 0.05, "momentum": 0.8}),
@@ -73,9 +74,15 @@ OPTIMIZERS = {
     ),
     "yogi": (yogi, ADAM | {"initial_accumulator_value": 0.1}),
     "adan": (adan, ADAM | {"b3": 0.7, "weight_decay": 0.1}),
-    "muon": (
-        lambda adam_b1, adam_b2, **options: muon(**options, adam_b1=adam_b1, adam_b2=adam_b2, adam_eps_root=0.02),
-        {"learning_rate": 0.05, "momentum": 0.6, "weight_decay": 0.1, "adam_b1": 0.8, "adam_b2": 0.9},
+    "muon": (muon, {"learning_rate": 0.05, "momentum": 0.6, "weight_decay": 0.1, **MUON_ADAM}),
+    # the momentum is shorter than eps, by which it is then divided
+    "muon, eps": (
+        lambda **options: muon(**options, nesterov=False, ns_steps=1),
+        {"learning_rate": 0.05, "momentum": 0.6, "eps": 20.0, "adam_learning_rate": 0.03, **MUON_ADAM},
+    ),
+    "schedule_free, Adam": (
+        lambda b2, eps, eps_root, **options: schedule_free(**options, base=scale_by_adam(0.0, b2, eps, eps_root)),
+        ADAM,
     ),
     "schedule_free": (schedule_free, {"learning_rate": 0.05, "b1": 0.8}),
     "schedule_free, warm-up": (
@@ -133,7 +140,7 @@ def test_hypergradient_against_finite_differences(name, key):
     slope = grad(at)(values[key])
     # Central differences err by h^2 and by rounding / h: both are below 1e-9 of the loss.
     want = (at(values[key] + h) - at(values[key] - h)) / (2 * h)
-    assert (want.abs() > 1e-7) != ((name, key) in FLAT)
+    assert (want.abs() > 1e-6) != ((name, key) in FLAT)
     torch.testing.assert_close(slope, want, rtol=1e-6, atol=1e-8)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, hessian
+from torch.func import grad, hessian, jacrev
 
 from diffopt.transforms import EmptyState, adaptive_grad_clip, clip, clip_by_block_rms, clip_by_global_norm
 
@@ -26,6 +26,8 @@ def test_derivative_passes_through_the_norm():
     norm = G.norm()
     want = 2 * (torch.eye(3, dtype=torch.float64)[0] / norm - G[0] * G / norm**3)
     torch.testing.assert_close(grad(first)(G), want)
+    in_the_bound = jacrev(lambda c: clip_by_global_norm(c).update(G, EmptyState())[0])(torch.tensor(2.0).double())
+    torch.testing.assert_close(in_the_bound, G / norm)
 
 
 @pytest.mark.parametrize("make", [clip, clip_by_global_norm, clip_by_block_rms, adaptive_grad_clip])

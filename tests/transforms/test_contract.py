@@ -23,10 +23,11 @@ def momentum(decay):
 # name: a function of hyperparameters, and their values
 TRANSFORMS = {
     "ema": (transforms.ema, {"decay": 0.8}),
+    "ema, biased": (lambda decay: transforms.ema(decay, debias=False), {"decay": 0.8}),
     "amsgrad": (transforms.scale_by_amsgrad, ADAM),
     "adamax": (transforms.scale_by_adamax, {"b1": 0.8, "b2": 0.9, "eps": 0.01}),
     "nadam": (transforms.scale_by_nadam, ADAM | {"momentum_decay": 0.3}),
-    "radam": (transforms.scale_by_radam, {"b1": 0.8}),
+    "radam": (transforms.scale_by_radam, ADAM),
     "adabelief": (transforms.scale_by_adabelief, ADAM),
     "yogi": (transforms.scale_by_yogi, ADAM | {"initial_accumulator_value": 0.1}),
     "adan": (transforms.scale_by_adan, ADAM | {"b3": 0.7}),
@@ -72,8 +73,9 @@ TRANSFORMS = {
     "inject_hyperparams": (lambda **options: transforms.inject_hyperparams(transforms.scale_by_adam)(**options), ADAM),
     "keep_params_nonnegative": (transforms.keep_params_nonnegative, {}),
     "polyak_average": (transforms.polyak_average, {}),
-    "polyak_average, decay": (lambda: transforms.polyak_average(0.9), {}),
+    "polyak_average, decay": (transforms.polyak_average, {"decay": 0.9}),
 }
+STEPS = {"radam": 7}  # its mean square comes in at the sixth
 KEPT_IN_TESTS_OF_THEIR_OWN = {
     "add_decayed_weights",
     "apply_updates",
@@ -114,10 +116,11 @@ def test_hypergradient_in_every_hyperparameter(name):
     tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
     def fn(tensors):
-        return sum(torch.cos(leaf).sum() for leaf in tree.leaves(run(make(**tensors), start())[0]))
+        leaves = tree.leaves(run(make(**tensors), start(), STEPS.get(name, 3)))
+        return sum(torch.cos(leaf).sum() for leaf in leaves if leaf.is_floating_point())
 
     check_hypergradient(fn, (tensors,))
-    assert all(slope.abs() > 1e-7 for slope in grad(fn)(tensors).values())
+    assert all(slope.abs() > 1e-6 for slope in grad(fn)(tensors).values())
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
