@@ -41,10 +41,11 @@ class Layout(NamedTuple):
 
     def fits(self, i: int, leaf: Tensor) -> bool:
         """Say whether a tensor of the shape of leaf i lies in memory as the columns of leaf i do."""
-        if leaf.is_neg():
-            return False
-        steps = zip(leaf.stride(), self.strides[i], self.shapes[i], strict=True)
-        return leaf.stride() == self.strides[i] or all(a == b or size == 1 for a, b, size in steps)
+        if leaf.stride() != self.strides[i]:
+            steps = zip(leaf.stride(), self.strides[i], self.shapes[i], strict=True)
+            if any(a != b and size != 1 for a, b, size in steps):
+                return False
+        return not leaf.is_neg()
 
     def fresh(self, dtype: torch.dtype) -> list[Tensor]:
         """Make a column to write to."""
@@ -93,12 +94,13 @@ def lay_out(columns: Columns, lanes: int | None, out: Columns | None = None) -> 
         dtypes = {leaf.dtype for leaf in column}
         if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
             raise TypeError(f"a column needs one dtype of {FLOATS}; column {j} has {dtypes}. Group leaves by dtype.")
-    for i, leaf in enumerate(zip(*columns, strict=True)):
-        shapes = {tuple(entry.shape) for entry in leaf}
-        if len(shapes) > 1:
-            raise ValueError(f"the columns of a leaf need one shape; leaf {i} has {shapes}")
-        if lanes is not None and (leaf[0].ndim == 0 or leaf[0].shape[0] != lanes):
-            raise ValueError(f"leaves need the leading dimension {lanes} of the scalars; leaf {i} has {shapes}")
+    shapes = tuple(leaf.shape for leaf in columns[0])
+    for column in columns[1:]:
+        for i, leaf in enumerate(column):
+            if leaf.shape != shapes[i]:
+                raise ValueError(f"the columns of a leaf need one shape; leaf {i} has {shapes[i]} and {leaf.shape}")
+    if lanes is not None and any(shape[:1] != (lanes,) for shape in shapes):
+        raise ValueError(f"leaves need the leading dimension {lanes} of the scalars; got the shapes {shapes}")
     devices = {leaf.device for column in columns for leaf in column}
     if len(devices) > 1:
         raise ValueError(f"all leaves need to be on one device; got {devices}")
@@ -106,7 +108,6 @@ def lay_out(columns: Columns, lanes: int | None, out: Columns | None = None) -> 
     if len(set(places)) < len(places):
         raise ValueError("`out` names some memory twice, so a tied leaf would be stepped twice; give each leaf once")
     strides = tuple(_strides(leaf, lanes) for leaf in columns[0])
-    shapes = tuple(leaf.shape for leaf in columns[0])
     return Layout(shapes, strides, lanes, devices.pop() if devices else torch.device("cpu"))
 
 
