@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.autodiff.custom_derivative import Rules, Tensors, by_rule, refuse_captures, rules_of
 
-__all__ = ["fused_op", "shaped"]
+__all__ = ["fused_by_rule", "fused_op", "shaped"]
 
 Columns: TypeAlias = Sequence[Sequence[Tensor]]
 Forward: TypeAlias = Callable[[Columns, Sequence[Tensor]], Sequence[Sequence[Tensor]]]
@@ -57,13 +57,26 @@ def fused_op(
         tensor(-2.)
     """
 
-    def op(columns: Columns, scalars: Sequence[Tensor] = ()) -> tuple[list[Tensor], ...]:
+    op = fused_by_rule(reference, forward, backward)
+
+    def checked(columns: Columns, scalars: Sequence[Tensor] = ()) -> tuple[list[Tensor], ...]:
         _check(columns, scalars)
+        firsts = [column[0] for column in columns if column]
+        refuse_captures(reference, forward, backward, inputs=(*firsts, *scalars))
+        return op(columns, scalars)
+
+    return checked
+
+
+def fused_by_rule(
+    reference: Callable[..., Tensors], forward: Forward, backward: Backward | None = None
+) -> Callable[..., tuple[list[Tensor], ...]]:
+    """`fused_op` for functions that are known to capture nothing tracked, and arguments that are known to fit."""
+
+    def op(columns: Columns, scalars: Sequence[Tensor] = ()) -> tuple[list[Tensor], ...]:
         leaves = len(columns[0])
         if leaves == 0:
             return tuple(list(column) for column in forward(columns, scalars))
-        firsts = (*(column[0] for column in columns), *scalars)
-        refuse_captures(reference, forward, backward, inputs=firsts)
         layout = _Layout(leaves, len(columns), len(scalars))
         outputs = _operator(reference, forward, backward, layout)(*_flatten(columns), *scalars)
         return tuple(layout.lists(outputs))

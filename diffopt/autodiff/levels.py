@@ -5,6 +5,7 @@ file. `tests/autodiff/test_levels.py` fails when the meaning of one of them chan
 """
 
 import contextlib
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 
+_requires_grad = operator.attrgetter("requires_grad")
+
+
 def transforms_active() -> bool:
     """Whether a `torch.func` transform or a `forward_ad.dual_level` is live around the caller.
 
@@ -66,7 +70,7 @@ def functorch_active() -> bool:
 
 def derivative_possible(tensors: Iterable[Tensor]) -> bool:
     """Whether anything may later ask for a derivative, or a batch, of a function of these tensors."""
-    return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return transforms_active() or (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
 
 
 def derivative_wanted() -> bool:

@@ -5,17 +5,15 @@ step every tensor is looked at, and after it the version counters of what was wr
 them raises in its backward pass, and does not answer wrongly.
 """
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffopt.autodiff.levels import derivative_possible, transforms_active
 
 __all__ = ["check_donation", "mark_written"]
-
-_stride = operator.methodcaller("stride")
 
 
 def check_donation(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None:
@@ -59,7 +57,7 @@ def check_donation(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> No
         )
 
 
-def mark_written(tensors: Iterable[Tensor]) -> None:
+def mark_written(tensors: Sequence[Tensor]) -> None:
     """Raise the version counters of tensors that were written in place, so that graphs which saved them notice.
 
     Args:
@@ -71,7 +69,9 @@ def mark_written(tensors: Iterable[Tensor]) -> None:
         >>> x._version
         1
     """
-    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+    if any(map(Tensor.is_inference, tensors)):
+        tensors = [x for x in tensors if not x.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -86,23 +86,22 @@ def _is_dense(x: Tensor) -> bool:
 
 def _overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
     """Whether the memory of a written tensor meets that of any other, by the ranges that they span."""
-    tensors = [x for x in (*written, *read) if x.numel()]
-    starts = list(map(Tensor.data_ptr, tensors))
-    ends = [start + _span(x) for start, x in zip(starts, tensors, strict=True)]
-    count = sum(1 for x in written if x.numel())
+    tensors = [*written, *read]
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    spans = np.fromiter(map(_span, tensors), np.int64, len(tensors))
+    kept = spans > 0
     # Sorted by start, a range meets an earlier one if it starts before the furthest end so far.
-    order = sorted(range(len(tensors)), key=starts.__getitem__)
-    reach_written = reach_any = 0
-    for i in order:
-        if starts[i] < (reach_any if i < count else reach_written):
-            return True
-        reach_any = max(reach_any, ends[i])
-        if i < count:
-            reach_written = max(reach_written, ends[i])
-    return False
+    order = np.argsort(starts[kept], kind="stable")
+    first, last = starts[kept][order], (starts + spans)[kept][order]
+    is_written = (np.arange(len(tensors)) < len(written))[kept][order]
+    reach = np.maximum.accumulate(np.concatenate([[0], last]))[:-1]
+    reach_of_written = np.maximum.accumulate(np.concatenate([[0], np.where(is_written, last, 0)]))[:-1]
+    return bool(np.any(first < np.where(is_written, reach, reach_of_written)))
 
 
 def _span(x: Tensor) -> int:
     if x.is_contiguous():
         return x.nbytes
+    if x.numel() == 0:
+        return 0
     return (1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))) * x.itemsize

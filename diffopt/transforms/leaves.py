@@ -1,14 +1,20 @@
 """Flat lists of leaves, checked once at the door, and the precision in which a transformation computes."""
 
+import operator
+
 import torch
 from optree import PyTreeSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopt import tree
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.typing import Numeric, Tree
 
 __all__ = ["as_dtype", "check_hyperparameter", "flatten_floating", "flatten_like", "precise_dtype", "zero_count"]
+
+
+_PLAIN = {Tensor, nn.Parameter}
+_shape = operator.attrgetter("shape")
 
 
 def flatten_floating(leaves_tree: Tree, name: str) -> tuple[list[Tensor], PyTreeSpec]:
@@ -31,6 +37,8 @@ def flatten_floating(leaves_tree: Tree, name: str) -> tuple[list[Tensor], PyTree
         TypeError: `params[0]` must be a floating-point tensor; got torch.int64. Convert it with .to(torch.float32).
     """
     leaves, treespec = tree.flatten(leaves_tree)
+    if _all_plain(leaves) and all(map(Tensor.is_floating_point, leaves)):
+        return leaves, treespec
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             tree.check_tensors(leaves_tree, name=name)
@@ -71,6 +79,8 @@ def flatten_like(
     if spec != treespec:
         reference = tree.unflatten(treespec, leaves)
         tree.check_same_structure(other, reference, name=name, reference_name=reference_name)
+    if _all_plain(found) and list(map(_shape, found)) == list(map(_shape, leaves)):
+        return found
     for i, (leaf, like) in enumerate(zip(found, leaves, strict=True)):
         if not isinstance(leaf, Tensor):
             tree.check_tensors(other, name=name)
@@ -81,6 +91,11 @@ def flatten_like(
                 f"got {tuple(leaf.shape)}."
             )
     return found
+
+
+def _all_plain(leaves: list[Tensor]) -> bool:
+    """Whether all are tensors and no loop over them is needed, which for thousands of leaves takes most of a step."""
+    return not torch.compiler.is_compiling() and set(map(type, leaves)) <= _PLAIN
 
 
 def precise_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,16 +1,20 @@
 """Give a chain a `step` of its own: one pass over the leaves for update, decay and rate together."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff.levels import derivative_possible
 from diffopt.transforms.base import GradientTransformation, apply_updates
 from diffopt.transforms.donation import check_donation, mark_written
-from diffopt.transforms.fusion import launch
+from diffopt.transforms.fusion import launch, torch_fused
+from diffopt.transforms.fusion.donated import Checked, remember, still_holds
 from diffopt.transforms.leafwise import bias_correction
 from diffopt.transforms.leaves import check_hyperparameter, flatten_floating, flatten_like, precise_dtype
 from diffopt.transforms.masks import mask_leaves
@@ -22,6 +26,10 @@ __all__ = ["fuse"]
 
 FUSE_FROM = 1 << 16
 """Trees on the CPU of fewer entries are differentiated operation by operation."""
+
+Columns: TypeAlias = Sequence[Sequence[Tensor]]
+
+_kind = operator.attrgetter("dtype", "device")
 
 
 def fuse(
@@ -52,34 +60,39 @@ def fuse(
         tensor([0.5000])
     """
 
+    memory: list[Checked] = []
+
     def step(grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any) -> tuple[Tree, Any]:
         if torch.compiler.is_compiling():
             return _unfused(transformation, grads, state, params, extra)
-        columns, treespec = _columns(rule, grads, state, params)
-        written = [x for j, column in enumerate(columns) if j != 1 for x in column]
+        trees = (params, grads, *(getattr(state[0], name) for name in _moments(rule, state)))
         scalars, count = _scalars(rule, learning_rate, hyperparameters, state)
-        given = [v for v in scalars.values() if isinstance(v, Tensor)]
+        if donate and mask is None:
+            new = _donated_again(memory, rule, trees, scalars, count)
+            if new is not None:
+                return new[0], _next_state(rule, state, count, new[1:])
+        columns, treespec = _columns(trees)
+        written = list(itertools.chain(columns[0], *columns[2:]))
+        read = [*columns[1], *_tensors(scalars)]
         if donate:
-            check_donation(written, (*columns[1], *given))
-        derivative = not donate and derivative_possible((*written, *columns[1], *given))
-        if not _alike(columns) or (derivative and _small(columns)):
+            check_donation(written, read)
+        derivative = not donate and derivative_possible(itertools.chain(written, read))
+        groups = _groups(columns, mask_leaves(mask, params) if "weight_decay" in rule.scalars else None)
+        if groups is None or (derivative and _small(columns)):
             return _unfused(transformation, grads, state, params, extra)
-        decays = mask_leaves(mask, params) if "weight_decay" in rule.scalars else [True] * len(columns[0])
-        new: list[list[Any]] = [[None] * len(decays) for _ in range(1 + rule.moments)]
-        for members, decayed in _groups(columns, decays):
-            part = [[column[i] for i in members] for column in columns]
-            own = scalars if decayed else {**scalars, "weight_decay": 0.0}
+
+        def launched(part: Columns, decays: bool) -> Columns:
+            own = scalars if decays else {**scalars, "weight_decay": 0.0}
             if derivative:
-                found = launch.differentiable_step(rule, part, own)
-            else:
-                found = launch.plain_step(rule, part, own, count, donate=donate)
-            for column, values in zip(new, found, strict=True):
-                for i, value in zip(members, values, strict=True):
-                    column[i] = value
+                return launch.differentiable_step(rule, part, own)
+            return launch.plain_step(rule, part, own, count, donate=donate)
+
+        new = _by_group(launched, columns, groups)
         if donate:
             mark_written(written)
-        trees = [tree.unflatten(treespec, column) for column in new]
-        return trees[0], _next_state(rule, state, count, trees[1:])
+            memory[:] = filter(None, [remember(treespec, columns)])
+        new_params, *moments = (tree.unflatten(treespec, column) for column in new)
+        return new_params, _next_state(rule, state, count, moments)
 
     return transformation._replace(step=step)
 
@@ -91,12 +104,34 @@ def _unfused(
     return apply_updates(params, updates), state
 
 
-def _columns(rule: StepRule, grads: Tree, state: Any, params: Tree) -> tuple[list[list[Tensor]], Any]:
+def _donated_again(
+    memory: list[Checked], rule: StepRule, trees: Sequence[Tree], scalars: Mapping[str, Numeric], count: Tensor | None
+) -> list[Tree] | None:
+    """Step in place by torch's fused function, if the step before wrote the same tensors; else None."""
+    flat = [tree.flatten(each) for each in trees]
+    columns, treespecs = [leaves for leaves, _ in flat], [treespec for _, treespec in flat]
+    if not memory or not still_holds(memory[0], treespecs, columns) or derivative_possible(_tensors(scalars)):
+        return None
+    if not launch.by_torch(rule, columns, scalars):
+        return None
+    torch_fused.step_in_place(rule, columns, scalars, count)
+    written = [columns[0], *columns[2:]]
+    torch.autograd.graph.increment_version(itertools.chain(*written))
+    return [tree.unflatten(treespecs[0], column) for column in written]
+
+
+def _columns(trees: Sequence[Tree]) -> tuple[Columns, PyTreeSpec]:
+    """Flatten params, grads and moments, and check that they fit."""
+    params, grads, *moments = trees
     leaves, treespec = flatten_floating(grads, "grads")
     columns = [flatten_like(params, leaves, treespec, name="params", reference_name="grads"), leaves]
-    for name in _moments(rule, state):
-        columns.append(flatten_like(getattr(state[0], name), leaves, treespec, name=f"state.{name}"))
+    for each in moments:
+        columns.append(flatten_like(each, leaves, treespec, name="state", reference_name="grads"))
     return columns, treespec
+
+
+def _tensors(scalars: Mapping[str, Numeric]) -> list[Tensor]:
+    return [value for value in scalars.values() if isinstance(value, Tensor)]
 
 
 def _moments(rule: StepRule, state: Any) -> tuple[str, ...]:
@@ -130,22 +165,34 @@ def _next_state(rule: StepRule, state: Any, count: Tensor | None, moments: list[
     return (first, *state[1:-1], rate_state)
 
 
-def _alike(columns: list[list[Tensor]]) -> bool:
-    """Whether each leaf has its columns on one device, and its moments in the dtype of its arithmetic."""
-    return all(
-        g.device == p.device and all(m.device == p.device and m.dtype == precise_dtype(p.dtype) for m in moments)
-        for p, g, *moments in zip(*columns, strict=True)
-    )
+def _groups(columns: Columns, decays: list[bool] | None) -> list[tuple[list[int], bool]] | None:
+    """The leaves that go together, those of the same dtypes and device, and whether they decay.
+
+    None if a leaf's columns lie on several devices, or its moments have not the dtype of its arithmetic.
+    """
+    kinds = list(zip(*(map(_kind, column) for column in columns), decays or [True] * len(columns[0]), strict=True))
+    groups: dict[Any, list[int]] = {kind: [] for kind in dict.fromkeys(kinds)}
+    for i, kind in enumerate(kinds):
+        groups[kind].append(i)
+    for (dtype, device), (_, grad_device), *moments, _ in groups:
+        if grad_device != device or any(moment != (precise_dtype(dtype), device) for moment in moments):
+            return None
+    return [(members, kind[-1]) for kind, members in groups.items()]
 
 
-def _groups(columns: list[list[Tensor]], decays: list[bool]) -> list[tuple[list[int], bool]]:
-    """The leaves that go together: those of the same dtypes and device that do or do not decay."""
-    groups: dict[Any, list[int]] = {}
-    for i, decayed in enumerate(decays):
-        key = (decayed, columns[0][i].device, *(column[i].dtype for column in columns))
-        groups.setdefault(key, []).append(i)
-    return [(members, key[0]) for key, members in groups.items()]
+def _by_group(
+    function: Callable[[Columns, bool], Columns], columns: Columns, groups: list[tuple[list[int], bool]]
+) -> Columns:
+    """Call a function of columns once a group of leaves, and put the results together in the leaves' order."""
+    if not groups:
+        return [[] for j in range(len(columns)) if j != 1]
+    if len(groups) == 1:
+        return function(columns, groups[0][1])
+    found = [function([[column[i] for i in members] for column in columns], decays) for members, decays in groups]
+    order = [i for members, _ in groups for i in members]
+    joined = [itertools.chain.from_iterable(parts) for parts in zip(*found, strict=True)]
+    return [[x for _, x in sorted(zip(order, column, strict=True), key=lambda pair: pair[0])] for column in joined]
 
 
-def _small(columns: list[list[Tensor]]) -> bool:
+def _small(columns: Columns) -> bool:
     return all(x.is_cpu for x in columns[0]) and sum(map(Tensor.numel, columns[0])) < FUSE_FROM

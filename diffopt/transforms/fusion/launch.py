@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffopt.autodiff import compiled_body, fused_op
+from diffopt.autodiff import compiled_body
+from diffopt.autodiff.fused_op import fused_by_rule
 from diffopt.transforms.fusion import blocks, torch_fused
 from diffopt.typing import Numeric
 from diffopt_kernels import multi_tensor
 from diffopt_kernels.steps import StepRule
 
-__all__ = ["differentiable_step", "plain_step"]
+__all__ = ["by_torch", "differentiable_step", "plain_step"]
 
 Columns = Sequence[Sequence[Tensor]]
 
@@ -41,13 +42,28 @@ def plain_step(
     written = (columns[0], *columns[2:])
     if columns[0][0].is_cuda and has_triton():
         return multi_tensor.step(rule, columns, _tensors(rule, scalars, columns), out=written if donate else None)
-    flat = len(columns[0]) == 1 and columns[0][0].numel() >= blocks.COMPILE_FROM and compiled_body.available()
-    if columns[0][0].is_cpu and not flat and torch_fused.serves(rule, columns, scalars):
+    if by_torch(rule, columns, scalars):
         return _by_torch(rule, columns, scalars, count, donate)
     if not donate:
         return blocks.step(rule, columns, _tensors(rule, scalars, columns))
     blocks.step_in_place(rule, columns, _tensors(rule, scalars, columns))
     return written
+
+
+def by_torch(rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric]) -> bool:
+    """Tell whether a step without derivative goes to torch's own fused function.
+
+    Args:
+        rule: The step.
+        columns: Lists of plain parameters, gradients and moments, each of one dtype and device.
+        scalars: The rule's scalars by name.
+
+    Returns:
+        A bool: on the CPU and where torch has the rule, but for a large flat vector, which takes a compiled body.
+    """
+    first = columns[0][0]
+    flat = len(columns[0]) == 1 and first.numel() >= blocks.COMPILE_FROM and compiled_body.available()
+    return first.is_cpu and not flat and torch_fused.serves(rule, columns, scalars)
 
 
 def differentiable_step(rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric]) -> tuple[list[Tensor], ...]:
@@ -72,7 +88,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def _operator(rule: StepRule) -> Callable[..., tuple[list[Tensor], ...]]:
-    return fused_op(rule.reference, functools.partial(_forward, rule), functools.partial(_backward, rule))
+    return fused_by_rule(rule.reference, functools.partial(_forward, rule), functools.partial(_backward, rule))
 
 
 def _forward(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
