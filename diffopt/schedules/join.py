@@ -16,6 +16,8 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[Numeric])
 
     .. math:: s(t) = s_k(t - b_k) \quad \text{for } b_k \le t < b_{k+1}, \qquad b_0 = 0
 
+    The count of a later schedule is an int64 tensor if its boundary is an int, and otherwise float64.
+
     Args:
         schedules: The schedules :math:`s_k`.
         boundaries: The steps :math:`b_1, b_2, \ldots` at which the later ones begin, in rising order, numbers or
@@ -51,8 +53,9 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[Numeric])
     def joined(count: Tensor) -> Tensor:
         value = torch.as_tensor(schedules[0](count), dtype=torch.float64, device=count.device)
         for schedule, boundary in zip(schedules[1:], boundaries, strict=True):
+            since = count - boundary if isinstance(boundary, int) else count.to(torch.float64) - boundary
             # At least 0, so that a schedule is not asked for steps before its own first.
-            value = torch.where(count < boundary, value, schedule((count - boundary).clamp(min=0)))
+            value = torch.where(since < 0, value, schedule(since.clamp(min=0)))
         return value
 
     return joined

@@ -121,6 +121,13 @@ SCHEDULES = {
         {"init_value": 0.1, "peak_value": 0.8, "warmup_steps": 2.5, "transition_steps": 3.0, "decay_rate": 0.4},
         lambda t: 0.1 + 0.7 * t / 2.5 if t < 2.5 else 0.8 * 0.4 ** ((t - 2.5) / 3),
     ),
+    "warm-up, exponential, bounded": (
+        lambda transition_begin, end_value: warmup_exponential_decay_schedule(
+            0.1, 0.8, 2.5, 3.0, 0.4, transition_begin=transition_begin, end_value=end_value
+        ),
+        {"transition_begin": 1.25, "end_value": 0.3},
+        lambda t: 0.1 + 0.7 * t / 2.5 if t < 2.5 else max(0.8 * 0.4 ** (max(t - 3.75, 0) / 3), 0.3),
+    ),
     "sgdr": (
         lambda peak_value, warmup_steps, decay_steps: sgdr_schedule(
             [WARM | {"peak_value": peak_value, "warmup_steps": warmup_steps, "decay_steps": decay_steps}, WARM]
@@ -140,6 +147,11 @@ SCHEDULES = {
         lambda a, b: join_schedules([constant_schedule(a), lambda t: b * t.double()], [3]),
         {"a": 0.4, "b": 0.2},
         lambda t: 0.4 if t < 3 else 0.2 * (t - 3),
+    ),
+    "join, boundary": (
+        lambda a, b, boundary: join_schedules([constant_schedule(a), lambda t: b * t], [boundary]),
+        {"a": 0.4, "b": 0.2, "boundary": 2.1},
+        lambda t: 0.4 if t < 2.1 else 0.2 * (t - 2.1),
     ),
 }
 COUNTS = torch.arange(10)
