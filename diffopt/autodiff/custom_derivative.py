@@ -4,6 +4,7 @@ One `torch.autograd.Function` serves them all. Its first argument is an opaque `
 rules by batched ones and applies the same Function again, so any stack of transforms ends at plain tensors.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -34,12 +35,30 @@ Batching: TypeAlias = Literal["vmap", "sequential"] | Callable[[Primal, tuple[in
 
 
 class Rules(NamedTuple):
-    """A function and its derivatives, as `custom_derivative` takes them."""
+    """A function and its derivatives, as `custom_derivative` takes them.
+
+    With `forgets_outputs`, the rules look at no values of the outputs, and may be given their shapes and dtypes alone.
+    """
 
     primal: Callable[..., Tensors]
     vjp: Callable[[Tensors, Tensors, Partial, tuple[bool, ...]], Partial]
     jvp: Callable[[Tensors, Tensors, Partial], Partial]
     batching: Batching
+    forgets_outputs: bool = False
+
+
+class _Like(NamedTuple):
+    """What is known of an output that was not saved."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
 
 
 def custom_derivative(
@@ -205,7 +224,7 @@ def _checked_rule(name: str, found: Any, like: Sequence[Tensor], wanted: Sequenc
     return found
 
 
-def _differentiable(tensor: Tensor) -> bool:
+def _differentiable(tensor: Tensor | _Like) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -236,23 +255,26 @@ class _CustomDerivative(torch.autograd.Function):
         discrete = [o for o in output if not _differentiable(o)]
         if discrete:
             ctx.mark_non_differentiable(*discrete)
-        # the output is saved as well, so that rules which use it are differentiated through it
-        ctx.save_for_backward(*tensors, *output)
+        ctx.outputs = ()
         if transforms_active():
             ctx.save_for_forward(*tensors, *output)
+        elif ctx.rules.forgets_outputs:
+            ctx.outputs = tuple([_Like(o.shape, o.dtype, o.device) for o in output])
+        # the output is saved as well, so that rules which use it are differentiated through it
+        ctx.save_for_backward(*tensors, *(() if ctx.outputs else output))
 
     @staticmethod
     def backward(ctx, *cotangents):
         # a pullback can run after its functorch level has died, as when a root's function contains a root
         saved = tuple(map(unwrap_if_dead, ctx.saved_tensors))
-        inputs, outputs = saved[: ctx.count], saved[ctx.count :]
+        inputs, outputs = saved[: ctx.count], ctx.outputs or saved[ctx.count :]
         wanted = tuple(ctx.needs_input_grad[1:])
         if any(is_legacy_batchedtensor(c) for c in cotangents if c is not None):
             raise RuntimeError(
                 "is_grads_batched=True and vectorize=True use an older vmap that cannot map this operator; use "
                 "torch.func.jacrev, or torch.func.vmap over the pullback of torch.func.vjp"
             )
-        cotangents = tuple(_cotangent(c, o) for c, o in zip(cotangents, outputs, strict=True))
+        cotangents = _materialized(cotangents, outputs)
         found = _checked_rule("vjp", ctx.rules.vjp(inputs, outputs, cotangents, wanted), inputs, wanted)
         return None, *(f if w else None for f, w in zip(found, wanted, strict=True))
 
@@ -275,14 +297,16 @@ class _CustomDerivative(torch.autograd.Function):
         return _CustomDerivative.apply(batched, *inputs), 0
 
 
-def _cotangent(given: Tensor | None, output: Tensor) -> Tensor | None:
-    """The cotangent of an output: None for integers, and zeros where nothing came."""
-    if not _differentiable(output):
-        return None
-    if given is not None:
-        return given
-    # one expanded 0 costs no memory, but cannot carry a tangent
-    return torch.zeros_like(output) if transforms_active() else output.new_zeros(()).expand(output.shape)
+def _materialized(cotangents: Partial, outputs: Sequence[Tensor | _Like]) -> Partial:
+    """The cotangents of outputs: None for integers, and zeros where nothing came."""
+    if transforms_active():
+        zeros_like = lambda o: torch.zeros(o.shape, dtype=o.dtype, device=o.device)  # noqa: E731
+    else:
+        # one expanded 0 costs no memory, but cannot carry a tangent
+        zero = functools.cache(lambda dtype, device: torch.zeros((), dtype=dtype, device=device))
+        zeros_like = lambda o: zero(o.dtype, o.device).expand(o.shape)  # noqa: E731
+    pairs = zip(cotangents, outputs, strict=True)
+    return tuple([(zeros_like(o) if c is None else c) if _differentiable(o) else None for c, o in pairs])
 
 
 def _batch(rules: Rules, dims: tuple[int | None, ...], size: int, randomness: str) -> Rules:

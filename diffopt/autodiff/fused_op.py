@@ -128,13 +128,13 @@ def _operator(
         if backward is not None:
             launch = functools.partial(_launch_backward, backward, layout.width, columns_wanted, scalars_wanted)
             primal, batching = _Launch(launch, layout, layout.scalars * scalars_wanted), _fold
-        found = iter(by_rule(Rules(primal, *rules_of(formula), batching))(*values))
+        found = iter(by_rule(Rules(primal, *rules_of(formula), batching, forgets_outputs=True))(*values))
         return tuple(next(found) if c else None for c in chosen)
 
     def launch(columns: Columns, scalars: Sequence[Tensor]) -> Tensors:
         return tuple(_flatten(forward(columns, scalars)))
 
-    return by_rule(Rules(_Launch(launch, layout, 0), vjp, plain_jvp, _fold), plain)
+    return by_rule(Rules(_Launch(launch, layout, 0), vjp, plain_jvp, _fold, forgets_outputs=True), plain)
 
 
 def _launch_backward(
@@ -188,7 +188,9 @@ class _Launch(NamedTuple):
 
 def shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A fresh tensor in another shape, not marked as a view: autograd restricts views that a Function returns."""
-    return torch.ops.aten._unsafe_view(tensor.contiguous(), shape)
+    if tensor.shape == shape and tensor.is_contiguous():
+        return tensor
+    return torch.ops.aten._unsafe_view.default(tensor.contiguous(), shape)
 
 
 def _flatten(columns: Columns) -> list[Tensor]:

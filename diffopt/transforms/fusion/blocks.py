@@ -91,12 +91,16 @@ def step_backward(
     out: list[list[Tensor] | None] = [[] if w else None for w in wanted]
     sums = [torch.zeros_like(s) for s in scalars] if scalars_wanted else None
     size, lanes = _size(columns), _lanes(scalars)
-    given = tuple(not all(map(_is_zero, column)) for column in cotangents)
+    given = tuple(not _are_zero(column) for column in cotangents)
     given = given if any(given) else (True,) * len(given)
     body = _backward_body(rule, wanted, scalars_wanted, given)
     seeds = [column for column, g in zip(cotangents, given, strict=True) if g]
+    # Steps are linear in the parameters: only the scalars' cotangents look at their values.
+    values = columns if scalars_wanted or not given[0] else columns[1:]
     for block in _blocks(columns[0], lanes):
-        rows = [_gather([column[i] for i in block], lanes) for column in (*columns, *seeds)]
+        rows = [_gather([column[i] for i in block], lanes) for column in (*values, *seeds)]
+        if values is not columns:
+            rows.insert(0, rows[len(values)])
         found = iter(_run(body, size, *rows, *_beside(scalars, lanes)))
         for column in out:
             if column is not None:
@@ -191,6 +195,9 @@ def _scatter(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [shaped(x, leaf.shape) for x, leaf in zip(torch.unsafe_split_with_sizes(flat, sizes, -1), like, strict=True)]
 
 
-def _is_zero(cotangent: Tensor) -> bool:
-    """Whether a cotangent is one 0, expanded: what autograd gives for an output that nobody used."""
-    return cotangent.ndim > 0 and not any(cotangent.stride()) and cotangent.numel() > 0 and not cotangent.flatten()[0]
+def _are_zero(cotangents: Sequence[Tensor]) -> bool:
+    """Whether all cotangents are one 0, expanded: what autograd gives for outputs that nobody used."""
+    if any(any(x.stride()) for x in cotangents):
+        return False
+    heads = {x.data_ptr(): x for x in cotangents if x.numel()}
+    return all(not x.flatten()[0] for x in heads.values())

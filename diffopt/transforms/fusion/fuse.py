@@ -84,7 +84,7 @@ def fuse(
         def launched(part: Columns, decays: bool) -> Columns:
             own = scalars if decays else {**scalars, "weight_decay": 0.0}
             if derivative:
-                return launch.differentiable_step(rule, part, own)
+                return launch.differentiable_step(rule, part, own, count)
             return launch.plain_step(rule, part, own, count, donate=donate)
 
         new = _by_group(launched, columns, groups)

@@ -7,13 +7,14 @@ large. Each way gives the same numbers to rounding.
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from diffopt.autodiff import compiled_body
 from diffopt.autodiff.fused_op import fused_by_rule
+from diffopt.autodiff.levels import transforms_active
 from diffopt.transforms.fusion import blocks, torch_fused
 from diffopt.typing import Numeric
 from diffopt_kernels import multi_tensor
@@ -66,29 +67,32 @@ def by_torch(rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric]) -
     return first.is_cpu and not flat and torch_fused.serves(rule, columns, scalars)
 
 
-def differentiable_step(rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric]) -> tuple[list[Tensor], ...]:
+def differentiable_step(
+    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None
+) -> tuple[list[Tensor], ...]:
     """Step all leaves, differentiably in the columns and the scalars, under any transform.
 
     Args:
         rule: The step.
         columns: Lists of parameters, gradients and moments, each of one dtype and device.
         scalars: The rule's scalars by name.
+        count: The count of steps, this one included, where the rule has one.
 
     Returns:
         The new parameters and moments.
     """
-    return _operator(rule)(columns, _tensors(rule, scalars, columns))
+    forward = functools.partial(_forward, rule)
+    if not transforms_active() and by_torch(rule, columns, scalars):
+        numbers = {name: float(value) for name, value in scalars.items()}
+        forward = lambda columns, _: _by_torch(rule, columns, numbers, count, donate=False)  # noqa: E731
+    step = fused_by_rule(rule.reference, forward, functools.partial(_backward, rule))
+    return step(columns, _tensors(rule, scalars, columns))
 
 
 @functools.cache
 def has_triton() -> bool:
     """Tell whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _operator(rule: StepRule) -> Callable[..., tuple[list[Tensor], ...]]:
-    return fused_by_rule(rule.reference, functools.partial(_forward, rule), functools.partial(_backward, rule))
 
 
 def _forward(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
