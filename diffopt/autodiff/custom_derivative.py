@@ -252,7 +252,7 @@ class _CustomDerivative(torch.autograd.Function):
         ctx.rules, *tensors = inputs
         ctx.count = len(tensors)
         ctx.set_materialize_grads(False)
-        discrete = [o for o in output if not _differentiable(o)]
+        discrete = [] if all(map(Tensor.is_floating_point, output)) else [o for o in output if not _differentiable(o)]
         if discrete:
             ctx.mark_non_differentiable(*discrete)
         ctx.outputs = ()
@@ -303,8 +303,8 @@ def _materialized(cotangents: Partial, outputs: Sequence[Tensor | _Like]) -> Par
         zeros_like = lambda o: torch.zeros(o.shape, dtype=o.dtype, device=o.device)  # noqa: E731
     else:
         # one expanded 0 costs no memory, but cannot carry a tangent
-        zero = functools.cache(lambda dtype, device: torch.zeros((), dtype=dtype, device=device))
-        zeros_like = lambda o: zero(o.dtype, o.device).expand(o.shape)  # noqa: E731
+        zero = functools.cache(lambda shape, dtype, device: torch.zeros((), dtype=dtype, device=device).expand(shape))
+        zeros_like = lambda o: zero(o.shape, o.dtype, o.device)  # noqa: E731
     pairs = zip(cotangents, outputs, strict=True)
     return tuple([(zeros_like(o) if c is None else c) if _differentiable(o) else None for c, o in pairs])
 
