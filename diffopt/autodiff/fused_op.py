@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.autodiff.custom_derivative import Rules, Tensors, by_rule, refuse_captures, rules_of
 
-__all__ = ["fused_by_rule", "fused_op", "shaped"]
+__all__ = ["Launch", "Layout", "fold", "fused_by_rule", "fused_op", "shaped"]
 
 Columns: TypeAlias = Sequence[Sequence[Tensor]]
 Forward: TypeAlias = Callable[[Columns, Sequence[Tensor]], Sequence[Sequence[Tensor]]]
@@ -77,14 +77,14 @@ def fused_by_rule(
         leaves = len(columns[0])
         if leaves == 0:
             return tuple(list(column) for column in forward(columns, scalars))
-        layout = _Layout(leaves, len(columns), len(scalars))
+        layout = Layout(leaves, len(columns), len(scalars))
         outputs = _operator(reference, forward, backward, layout)(*_flatten(columns), *scalars)
         return tuple(layout.lists(outputs))
 
     return op
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How flat tensors stand for columns over leaves, one column after the other, and then scalars."""
 
     leaves: int
@@ -100,7 +100,7 @@ class _Layout(NamedTuple):
 
 
 def _operator(
-    reference: Callable[..., Tensors], forward: Forward, backward: Backward | None, layout: _Layout
+    reference: Callable[..., Tensors], forward: Forward, backward: Backward | None, layout: Layout
 ) -> Callable[..., Tensors]:
     """The operator of the flat columns and scalars."""
 
@@ -127,14 +127,14 @@ def _operator(
         primal, batching = formula, "vmap"
         if backward is not None:
             launch = functools.partial(_launch_backward, backward, layout.width, columns_wanted, scalars_wanted)
-            primal, batching = _Launch(launch, layout, layout.scalars * scalars_wanted), _fold
+            primal, batching = Launch(launch, layout, layout.scalars * scalars_wanted), fold
         found = iter(by_rule(Rules(primal, *rules_of(formula), batching, forgets_outputs=True))(*values))
         return tuple(next(found) if c else None for c in chosen)
 
     def launch(columns: Columns, scalars: Sequence[Tensor]) -> Tensors:
         return tuple(_flatten(forward(columns, scalars)))
 
-    return by_rule(Rules(_Launch(launch, layout, 0), vjp, plain_jvp, _fold, forgets_outputs=True), plain)
+    return by_rule(Rules(Launch(launch, layout, 0), vjp, plain_jvp, fold, forgets_outputs=True), plain)
 
 
 def _launch_backward(
@@ -146,19 +146,19 @@ def _launch_backward(
     return (*kept, *(sums or () if scalars_wanted else ()))
 
 
-def _fold(primal: Any, dims: tuple[int | None, ...], size: int) -> "_Launch":
+def fold(primal: Any, dims: tuple[int | None, ...], size: int) -> "Launch":
     """The batching rule that puts all lanes into one launch."""
     return primal._replace(levels=((dims, size), *primal.levels))
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """A launcher of flat inputs over the lanes of any number of vmaps, outermost first.
 
     Its last `sums` outputs are cotangents of the scalars, one a lane; the others have the shapes of the leaves.
     """
 
     launcher: Callable[[Columns, Sequence[Tensor]], Tensors]
-    layout: _Layout
+    layout: Layout
     sums: int
     levels: tuple[tuple[tuple[int | None, ...], int], ...] = ()
 

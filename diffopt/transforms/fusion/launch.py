@@ -41,7 +41,7 @@ def plain_step(
         The new parameters and moments; with donate, the same tensors.
     """
     written = (columns[0], *columns[2:])
-    if columns[0][0].is_cuda and has_triton():
+    if by_kernel(columns[0]):
         return multi_tensor.step(rule, columns, _tensors(rule, scalars, columns), out=written if donate else None)
     if by_torch(rule, columns, scalars):
         return _by_torch(rule, columns, scalars, count, donate)
@@ -89,14 +89,27 @@ def differentiable_step(
     return step(columns, _tensors(rule, scalars, columns))
 
 
+def by_kernel(leaves: Sequence[Tensor]) -> bool:
+    """Tell whether leaves go to a Triton kernel.
+
+    Args:
+        leaves: The leaves.
+
+    Returns:
+        A bool: where there are any, on one CUDA device and of one dtype, Triton is installed, and nothing is compiled.
+    """
+    if torch.compiler.is_compiling() or not leaves or not leaves[0].is_cuda or not _has_triton():
+        return False
+    return len({(x.device, x.dtype) for x in leaves}) == 1
+
+
 @functools.cache
-def has_triton() -> bool:
-    """Tell whether Triton is installed."""
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 def _forward(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-    home = multi_tensor if columns[0][0].is_cuda and has_triton() else blocks
+    home = multi_tensor if by_kernel(columns[0]) else blocks
     return home.step(rule, columns, scalars)
 
 
@@ -108,7 +121,7 @@ def _backward(
     wanted: tuple[bool, ...],
     scalars_wanted: bool,
 ) -> tuple[tuple[list[Tensor] | None, ...], list[Tensor] | None]:
-    home = multi_tensor if columns[0][0].is_cuda and has_triton() else blocks
+    home = multi_tensor if by_kernel(columns[0]) else blocks
     return home.step_backward(rule, columns, scalars, cotangents, wanted, scalars_wanted)
 
 
