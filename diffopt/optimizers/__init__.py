@@ -8,6 +8,7 @@ from diffopt.optimizers.adamax import adamax
 from diffopt.optimizers.adamw import adamw
 from diffopt.optimizers.adan import adan
 from diffopt.optimizers.amsgrad import amsgrad
+from diffopt.optimizers.interop import TorchOptimizer, from_torch_state, to_torch, to_torch_state
 from diffopt.optimizers.lamb import lamb
 from diffopt.optimizers.lars import lars
 from diffopt.optimizers.lion import lion
@@ -24,6 +25,7 @@ from diffopt.optimizers.yogi import yogi
 __all__ = [
     "ProdigyState",
     "ScheduleFreeState",
+    "TorchOptimizer",
     "adabelief",
     "adadelta",
     "adagrad",
@@ -32,6 +34,7 @@ __all__ = [
     "adamw",
     "adan",
     "amsgrad",
+    "from_torch_state",
     "lamb",
     "lars",
     "lion",
@@ -44,5 +47,7 @@ __all__ = [
     "sam",
     "schedule_free",
     "sgd",
+    "to_torch",
+    "to_torch_state",
     "yogi",
 ]

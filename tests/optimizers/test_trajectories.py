@@ -337,6 +337,7 @@ def test_bad_hyperparameters_raise(make, match):
 
 def test_every_optimizer_has_a_trajectory():
     others = {"orthogonalize", "ProdigyState", "ScheduleFreeState"}
+    others |= {"TorchOptimizer", "from_torch_state", "to_torch", "to_torch_state"}
     assert set(optimizers.__all__) == set(FORMULAS) | others
     for name in FORMULAS:
         assert sum(name == tested for tested, *_ in [*TORCH, *NUMPY]) >= 3, name
