@@ -65,8 +65,10 @@ def setup(app):
     app.connect("missing-reference", link_bare_name)
     app.connect("autodoc-skip-member", skip_fields)
     sys.path.append(str(HERE))
+    from figures import draw_optimizers
     from tables import write_tables
 
     for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
         shutil.copy2(notebook, HERE / "notebooks")
     write_tables(HERE / "_generated", HERE.parent / "benchmarks" / "results")
+    draw_optimizers(HERE / "_generated" / "optimizers.png")

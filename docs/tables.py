@@ -1,15 +1,30 @@
-"""Tables made at build time: the composition matrix of the last test run, the benchmarks, the top-level names."""
+"""Made at build time: the composition matrix of the last test run, the benchmarks, names, and every optimizer."""
 
 import inspect
 import json
 import re
 import string
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 import diffopt
+from diffopt.transforms import EmptyState, GradientTransformation, MaskedNode
+from diffopt.typing import Numeric
 
-__all__ = ["benchmark_tables", "composition_table", "face_table", "write_tables"]
+__all__ = [
+    "benchmark_tables",
+    "build_optimizer",
+    "composition_table",
+    "face_table",
+    "list_optimizers",
+    "optimizer_sections",
+    "write_tables",
+]
 
 GROUPS = {
     "value and first derivative": ("forward", "grad", "vjp", "jvp", "jacrev", "jacfwd"),
@@ -135,13 +150,102 @@ def face_table(package: ModuleType) -> str:
     return "\n".join(lines) + "\n"
 
 
+def list_optimizers() -> dict[str, Callable[..., GradientTransformation]]:
+    """The public functions of `diffopt.optimizers` that give a transformation, by name."""
+    values = {name: getattr(diffopt.optimizers, name) for name in diffopt.optimizers.__all__}
+    return {name: value for name, value in values.items() if _returns_transformation(value)}
+
+
+def _returns_transformation(value: Any) -> bool:
+    return inspect.isfunction(value) and inspect.signature(value).return_annotation is GradientTransformation
+
+
+def build_optimizer(
+    function: Callable[..., GradientTransformation], learning_rate: Numeric, **options: Any
+) -> GradientTransformation:
+    """An optimizer with its defaults and a learning rate; one that wraps another gets `sgd`."""
+    arguments = inspect.signature(function).parameters
+    if "optimizer" in arguments:
+        return function(diffopt.sgd(learning_rate), **options)
+    return function(learning_rate=learning_rate, **options)
+
+
+def optimizer_sections() -> str:
+    """A section an optimizer as Markdown: from its docstring, its signature and the state of a small tree."""
+    return "\n".join(_optimizer_section(name, function) for name, function in list_optimizers().items())
+
+
+def _optimizer_section(name: str, function: Callable[..., GradientTransformation]) -> str:
+    head, sections = _split_docstring(inspect.getdoc(function) or "")
+    numeric = [arg for arg, value in inspect.signature(function).parameters.items() if _takes_tensor(value.annotation)]
+    text = [f"### {name}", "", "```{eval-rst}", head.strip(), ""]
+    parts = re.findall(r"`(scale_by_\w+|orthogonalize)`", head + sections.get("Args", ""))
+    for part in dict.fromkeys(parts):
+        rule = re.search(r"\.\. math::.*?(?=\n\S|\Z)", _docstring_of(part), flags=re.DOTALL)
+        if rule:
+            text += [f":py:func:`~{_home(part)}.{part}` is", "", rule[0].rstrip(), ""]
+    papers = "\n".join(line.strip() for line in sections["References"].strip().splitlines())
+    papers = [f"   | {paper}" for paper in re.sub(r"\n(?!.*?, \")", " ", papers).splitlines()]
+    text += [":API: " + f":py:func:`~diffopt.optimizers.{name}`"]
+    text += [":Differentiable in: " + ", ".join(f"``{n}``" for n in numeric)]
+    text += [":State: " + _describe_states(function)]
+    text += [":Paper:", *papers, "```", ""]
+    return "\n".join(text)
+
+
+def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """What comes before the first section of a docstring, and the sections by name."""
+    head, *rest = re.split(r"^(Args|Returns|Raises|Example|References):\n", doc, flags=re.MULTILINE)
+    return head, dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+def _home(name: str) -> str:
+    return "diffopt.transforms" if name in diffopt.transforms.__all__ else "diffopt.optimizers"
+
+
+def _docstring_of(name: str) -> str:
+    home = diffopt.transforms if name in diffopt.transforms.__all__ else diffopt.optimizers
+    return inspect.getdoc(getattr(home, name)) or ""
+
+
+def _takes_tensor(annotation: Any) -> bool:
+    return torch.Tensor in typing.get_args(annotation)
+
+
+def _describe_states(function: Callable[..., GradientTransformation]) -> str:
+    params = {"matrix": torch.ones(2, 2), "vector": torch.ones(2)}
+    momentum = inspect.signature(function).parameters.get("momentum")
+    text = _join_states(build_optimizer(function, 0.1).init(params))
+    if momentum is not None and momentum.default is None:
+        text += "; with momentum: " + _join_states(build_optimizer(function, 0.1, momentum=0.9).init(params))
+    return text
+
+
+def _join_states(state: Any) -> str:
+    found = dict.fromkeys(_named_tuples(state))
+    links = [f":py:class:`~{_home(kind.__name__)}.{kind.__name__}` ({', '.join(kind._fields)})" for kind in found]
+    return ", ".join(links) or "none"
+
+
+def _named_tuples(state: Any) -> Iterator[type]:
+    """The classes of the named tuples in a state, outermost first."""
+    if isinstance(state, (EmptyState, MaskedNode)):
+        return
+    if hasattr(state, "_fields"):
+        yield type(state)
+    if isinstance(state, (tuple, list, dict)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _named_tuples(value)
+
+
 def write_tables(generated: Path, results: Path) -> None:
-    """Write both where the pages include them, touching a file only if it changes."""
+    """Write them where the pages include them, touching a file only if it changes."""
     generated.mkdir(exist_ok=True)
     tables = {
         "composition.md": composition_table(generated / "composition"),
         "benchmarks.md": benchmark_tables(results),
         "face.md": face_table(diffopt),
+        "optimizers.md": optimizer_sections(),
     }
     for name, text in tables.items():
         path = generated / name
