@@ -17,7 +17,7 @@ from diffopt.transforms import GradientTransformation
 from diffopt.transforms.masked import MaskedNode
 from diffopt.typing import Tree
 
-__all__ = ["Layout", "check_separable", "find_layout", "place", "unaliased"]
+__all__ = ["Layout", "check_separable", "find_layout", "keeps_params", "place", "unaliased"]
 
 
 class Layout(NamedTuple):
@@ -105,8 +105,8 @@ def check_separable(
 ) -> None:
     """Raise if parameters that step apart would have an influence on each other if they stepped together.
 
-    It takes one step for each part of the parameters alone, and compares it with those in which the gradients of all
-    others are NaN, and infinite.
+    It takes a first step for each cohort alone, on one entry a parameter, and compares it with those in which the
+    gradients of all others are NaN, and infinite.
 
     Args:
         transformation: The transformation.
@@ -124,12 +124,12 @@ def check_separable(
         ...
         ValueError: Parameters of one group have had gradients at different steps, and this transformation...
     """
+    small = [_stand_in(p) for p in params]
     everyone = [i for cohort in cohorts for i in cohort]
     for cohort in cohorts:
-        alone = _probe(transformation, params, cohort, cohort, 1.0)
+        alone = _first_step(transformation, small, cohort, cohort, 1.0)
         for poison in (math.nan, math.inf):
-            together = _probe(transformation, params, everyone, cohort, poison)
-            if not all(torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(alone, together, strict=True)):
+            if not all(map(_equal, alone, _first_step(transformation, small, everyone, cohort, poison))):
                 raise ValueError(
                     "Parameters of one group have had gradients at different steps, and this transformation computes "
                     "over all of them together (as a global norm does). Give them groups of their own, or gradients "
@@ -137,7 +137,45 @@ def check_separable(
                 )
 
 
-def _probe(
+def keeps_params(transformation: GradientTransformation, params: Sequence[Tensor], members: Sequence[int]) -> bool:
+    """Tell whether a state holds the very parameters, which then must not be written before it is copied.
+
+    Args:
+        transformation: The transformation.
+        params: The parameters of the group.
+        members: The indices of those that step.
+
+    Returns:
+        A bool, from a first step on one entry a parameter.
+
+    Example:
+        >>> from diffopt.optimizers import adam
+        >>> keeps_params(adam(0.1), [torch.ones(3)], [0])
+        False
+    """
+    small = place({i: _stand_in(params[i]) for i in members}, len(params))
+    grads = tree.map(torch.ones_like, small)
+    _, state = transformation.update(grads, transformation.init(small), small, **_EXTRA)
+    leaves = tree.leaves(state)
+    return any(x is not y for x, y in zip(leaves, unaliased(leaves, tree.leaves(small)), strict=True))
+
+
+def _same(perturbed: Tree) -> Tree:
+    return perturbed
+
+
+_EXTRA = {"value": 1.0, "grad_fn": _same}
+
+
+def _stand_in(param: Tensor) -> Tensor:
+    return torch.ones((1,) * param.ndim, dtype=param.dtype, device=param.device)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True)
+
+
+def _first_step(
     transformation: GradientTransformation,
     params: Sequence[Tensor],
     members: Sequence[int],
@@ -146,19 +184,9 @@ def _probe(
 ) -> list[Tensor]:
     """What the parameters in `own` get and keep from a first step, where the others' gradients are poisoned."""
     size, chosen = len(params), set(own)
-
-    def fill(i: int) -> Tensor:
-        return torch.full_like(params[i], 1.0 if i in chosen else poison)
-
-    def same(perturbed: Tree) -> Tree:
-        return perturbed
-
-    here, grads = (
-        place({i: params[i].detach().clone() for i in members}, size),
-        place({i: fill(i) for i in members}, size),
-    )
-    extra = {"value": torch.ones(()), "grad_fn": same}
-    updates, state = transformation.update(grads, transformation.init(here), here, **extra)
+    here = place({i: params[i] for i in members}, size)
+    grads = place({i: torch.full_like(params[i], 1.0 if i in chosen else poison) for i in members}, size)
+    updates, state = transformation.update(grads, transformation.init(here), here, **_EXTRA)
     found = [updates[i] for i in own]
     slots = find_layout(state, size).slots
     return found + [x for (_, i), x in zip(slots, tree.leaves(state), strict=True) if i is None or i in chosen]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.optimizers.interop.recipe import build, check_options, read_recipe
-from diffopt.optimizers.interop.slots import Layout, check_separable, find_layout, place, unaliased
+from diffopt.optimizers.interop.slots import Layout, check_separable, find_layout, keeps_params, place, unaliased
 from diffopt.transforms import GradientTransformation, step
 from diffopt.typing import Tree
 
@@ -18,6 +18,7 @@ __all__ = ["TorchOptimizer", "to_torch"]
 def to_torch(
     optimizer: GradientTransformation | Callable[..., GradientTransformation],
     params: Iterable[Any],
+    /,
     **hyperparameters: Any,
 ) -> "TorchOptimizer":
     """Make a `torch.optim.Optimizer` of a transformation, which steps parameters in place by their ``grad``.
@@ -83,6 +84,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self,
         optimizer: GradientTransformation | Callable[..., GradientTransformation],
         params: Iterable[Any],
+        /,
         **hyperparameters: Any,
     ) -> None:
         self._recipe, defaults = read_recipe(optimizer, hyperparameters)
@@ -215,7 +217,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._built: dict[int, tuple[dict[str, Any], GradientTransformation]] = {}
         self._layouts: dict[Any, Layout] = {}
         self._separable: dict[int, int] = {}
-        self._overlapping: set[Any] = set()
+        self._donates: dict[Any, bool] = {}
 
     def _transformation(self, index: int) -> GradientTransformation:
         """The group's transformation, made anew when a hyperparameter has changed."""
@@ -292,12 +294,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         state = tree.unflatten(layout.treespec, leaves)
         here = place({i: params[i] for i in members}, len(params))
         grads = place({i: params[i].grad for i in members}, len(params))
-        state = self._advance(transformation, grads, state, here, self._key(index, members), extra)
-        new, treespec = tree.flatten(state)
+        new, treespec = self._advance(transformation, grads, state, here, self._key(index, members), extra)
         if treespec != layout.treespec:
             raise ValueError("The transformation's update changes the structure of its state, which `to_torch` cannot.")
-        written = [x for i in members for x in (params[i], params[i].grad) if x is not None]
-        self._store(index, members, unaliased(new, written, leaves))
+        self._store(index, members, new)
 
     def _advance(
         self,
@@ -307,23 +307,31 @@ class TorchOptimizer(torch.optim.Optimizer):
         params: Tree,
         key: Any,
         extra: dict[str, Any],
-    ) -> Any:
-        """Write the new parameters into the old, and give the new state."""
-        if transformation.step is not None and key not in self._overlapping:
+    ) -> tuple[list[Tensor], Any]:
+        """Write the new parameters into the old, and give the flat new state."""
+        write, values, new_state = Tensor.add_, None, None
+        if self._may_donate(transformation, params, key):
             try:
-                new, state = step(transformation, grads, state, params, donate=True, **extra)
+                values, new_state = step(transformation, grads, state, params, donate=True, **extra)
+                write = Tensor.copy_
             except ValueError:
                 # Parameters that share memory, or a real error, which then is raised again below.
-                self._overlapping.add(key)
-            else:
-                for old, fresh in zip(tree.leaves(params), tree.leaves(new), strict=True):
-                    if fresh is not old:
-                        old.copy_(fresh)
-                return state
-        updates, state = transformation.update(grads, state, params, **extra)
-        for old, change in zip(tree.leaves(params), tree.leaves(updates), strict=True):
-            old.add_(change)
-        return state
+                self._donates[key] = False
+        if values is None:
+            values, new_state = transformation.update(grads, state, params, **extra)
+        old = tree.leaves(params)
+        leaves, treespec = tree.flatten(new_state)
+        leaves = unaliased(leaves, [*old, *tree.leaves(grads)], kept=tree.leaves(state))
+        for p, value in zip(old, tree.leaves(values), strict=True):
+            if value is not p:
+                write(p, value)
+        return leaves, treespec
+
+    def _may_donate(self, transformation: GradientTransformation, params: Tree, key: Any) -> bool:
+        if key not in self._donates:
+            members = [i for i, p in enumerate(params) if isinstance(p, Tensor)]
+            self._donates[key] = transformation.step is not None and not keeps_params(transformation, params, members)
+        return self._donates[key]
 
 
 class _Group(dict[str, Any]):
