@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from composition_fused import FUSED_ROWS
 from composition_optimizers import OPTIMIZER_ROWS
 from diffopt import optimizers
 from diffopt.autodiff import checkpoint, custom_derivative, fused_op, unroll, value_and_grad, while_loop
@@ -332,7 +333,7 @@ def _():
     return operator, (f64(0.5, -0.4, 0.8), f64(1.3)[0]), reference, None
 
 
-ROWS |= OPTIMIZER_ROWS
+ROWS |= OPTIMIZER_ROWS | FUSED_ROWS
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -344,7 +345,7 @@ def test_every_cell_is_right_or_says_what_to_do(name):
     backend = None if "deep," in name else "aot_eager"
     # and compiling is most of a row's time: rows of two steps compile one cell
     few = [cell for cell in CELLS if cell == "compile(grad)" or not cell.startswith("compile")]
-    cells = few if "2 steps" in name else None
+    cells = few if "2 steps" in name or "fused step" in name else None
     report = check_composition(operator, args, reference, may_raise=may_raise, backend=backend, cells=cells)
     RECORD.mkdir(parents=True, exist_ok=True)
     cells = {cell.name: [cell.status, cell.detail] for cell in report.cells}

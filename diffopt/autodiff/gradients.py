@@ -192,10 +192,16 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Te
     if any(p.is_complex() for p in primals):
         raise TypeError("jvp takes real tensors; pass torch.view_as_real of complex ones")
     if torch.compiler.is_compiling() or (transforms_active() and not dual_only()):
-        return torch.func.jvp(fn, primals, tangents)[:2]
+        return torch.func.jvp(fn, tuple(map(_unexpanded, primals)), tangents)[:2]
     out, _, pushforward = linearize(fn, *primals)
     tangent = pushforward(*tangents)
     return out, (tangent if isinstance(out, tuple) else tangent[0])
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    """The tensor in memory of its own: torch cannot give a tangent to one whose entries share theirs."""
+    shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return x.clone(memory_format=torch.contiguous_format) if shared else x
 
 
 def value_and_grad(

@@ -128,6 +128,6 @@ def step(
     if optimizer.step is not None:
         return optimizer.step(grads, state, params, **({"donate": True} if donate else {}), **extra)
     if donate and not torch.compiler.is_compiling():
-        check_donation([*tree.leaves(params), *tree.leaves(state)], tree.leaves(grads))
+        check_donation(tree.leaves(params), [*tree.leaves(state), *tree.leaves(grads)])
     updates, state = optimizer.update(grads, state, params, **extra)
     return apply_updates(params, updates), state

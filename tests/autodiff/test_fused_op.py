@@ -185,3 +185,13 @@ def test_compiled_it_is_the_reference():
     found = torch.compile(lambda x, m, r: op(x, m, r), fullgraph=True, backend="eager")(X, M, RATE)
     assert not launches
     assert all(torch.equal(f, e) for f, e in zip(found, reference(X, M, RATE), strict=True))
+
+
+def test_expanded_leaves_have_every_derivative():
+    op, _ = make()
+    wide = X[:, None].expand(3, 2)
+
+    def loss(f):
+        return lambda rate: scalar(f)(wide, M[:, None].expand(3, 2), rate)
+
+    torch.testing.assert_close(hessian(loss(op))(RATE), hessian(loss(reference))(RATE), rtol=TOL, atol=TOL)

@@ -1,5 +1,5 @@
 """Fused steps: one pass over all leaves, differentiable, in place where memory is donated."""
 
-from diffopt.transforms.fusion.fuse import fuse
+from diffopt.transforms.fusion.steps import fuse
 
 __all__ = ["fuse"]

@@ -83,8 +83,7 @@ def differentiable_step(
     """
     forward = functools.partial(_forward, rule)
     if not transforms_active() and by_torch(rule, columns, scalars):
-        numbers = {name: float(value) for name, value in scalars.items()}
-        forward = lambda columns, _: _by_torch(rule, columns, numbers, count, donate=False)  # noqa: E731
+        forward = lambda columns, _: _by_torch(rule, columns, scalars, count, donate=False)  # noqa: E731
     step = fused_by_rule(rule.reference, forward, functools.partial(_backward, rule))
     return step(columns, _tensors(rule, scalars, columns))
 

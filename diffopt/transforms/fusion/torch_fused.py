@@ -37,8 +37,8 @@ def serves(rule: StepRule, columns: Sequence[Sequence[Tensor]], scalars: Mapping
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return False
     if rule in (MOMENTUM, NESTEROV):
-        return float(scalars["decay"]) != 0
-    return rule is SGD or (rule is ADAM and float(scalars["eps_root"]) == 0)
+        return _number(scalars["decay"]) != 0
+    return rule is SGD or (rule is ADAM and _number(scalars["eps_root"]) == 0)
 
 
 def step_in_place(
@@ -58,7 +58,7 @@ def step_in_place(
         >>> p
         tensor([0.5000, 0.5000])
     """
-    numbers = {name: float(value) for name, value in scalars.items()}
+    numbers = {name: _number(value) for name, value in scalars.items()}
     learning_rate = numbers["learning_rate"]
     with torch.no_grad():
         if rule is ADAM and count is not None:
@@ -92,3 +92,7 @@ def step_in_place(
             maximize=False,
             is_first_step=False,
         )
+
+
+def _number(value: Numeric) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
