@@ -247,5 +247,7 @@ def test_a_state_that_does_not_fit_raises():
         to_torch_state(adam(0.05).init([*params[:2], torch.ones(2)]), params, target)
     with pytest.raises(ValueError, match="one ScaleByAdamState"):
         to_torch_state(sgd(0.05, 0.9).init(params), params, target)
+    with pytest.raises(ValueError, match="has momentum=0"):
+        to_torch_state(sgd(0.05, 0.9).init(params), params, torch.optim.SGD(params, lr=0.05))
     clipped = chain(clip_by_global_norm(1.0), adam(0.05)).init(params)
     assert sorted(to_torch_state(clipped, params, target)["state"]) == [0, 1, 2]

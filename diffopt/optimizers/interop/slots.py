@@ -101,7 +101,10 @@ def unaliased(leaves: Iterable[Tensor], others: Iterable[Tensor], kept: Iterable
 
 
 def check_separable(
-    transformation: GradientTransformation, params: Sequence[Tensor], cohorts: Sequence[Sequence[int]]
+    transformation: GradientTransformation,
+    params: Sequence[Tensor],
+    cohorts: Sequence[Sequence[int]],
+    everyone: Sequence[int],
 ) -> None:
     """Raise if parameters that step apart would have an influence on each other if they stepped together.
 
@@ -111,21 +114,21 @@ def check_separable(
     Args:
         transformation: The transformation.
         params: The parameters of the group.
-        cohorts: The indices of those that step together.
+        cohorts: The indices of those that step together, for each set that is to be checked against all others.
+        everyone: The indices of all that have a state.
 
     Raises:
         ValueError: If they would.
 
     Example:
         >>> from diffopt.optimizers import adam, prodigy
-        >>> check_separable(adam(0.1), [torch.ones(1), torch.ones(1)], [[0], [1]])
-        >>> check_separable(prodigy(), [torch.ones(1), torch.ones(1)], [[0], [1]])  # doctest: +ELLIPSIS
+        >>> check_separable(adam(0.1), [torch.ones(1), torch.ones(1)], [[0], [1]], [0, 1])
+        >>> check_separable(prodigy(), [torch.ones(1), torch.ones(1)], [[0], [1]], [0, 1])  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: Parameters of one group have had gradients at different steps, and this transformation...
     """
     small = [_stand_in(p) for p in params]
-    everyone = [i for cohort in cohorts for i in cohort]
     for cohort in cohorts:
         alone = _first_step(transformation, small, cohort, cohort, 1.0)
         for poison in (math.nan, math.inf):

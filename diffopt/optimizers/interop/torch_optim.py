@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.optimizers.interop.recipe import build, check_options, read_recipe
+from diffopt.optimizers.interop.second_gradient import second_gradient
 from diffopt.optimizers.interop.slots import Layout, check_separable, find_layout, keeps_params, place, unaliased
 from diffopt.transforms import GradientTransformation, step
 from diffopt.typing import Tree
@@ -116,7 +117,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         batches = [(index, members) for index in range(len(self.param_groups)) for members in self._batches(index)]
         for index, members in batches:
             params = [self.param_groups[index]["params"][i] for i in members]
-            second = {"grad_fn": _second_gradient(closure, params, alone=len(batches) == 1)}
+            second = {"grad_fn": second_gradient(closure, params, alone=len(batches) == 1)}
             self._step_batch(index, members, second | extra)
         return loss
 
@@ -216,7 +217,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         self._built: dict[int, tuple[dict[str, Any], GradientTransformation]] = {}
         self._layouts: dict[Any, Layout] = {}
-        self._separable: dict[int, int] = {}
+        self._separable: dict[Any, set[tuple[int, ...]]] = {}
         self._donates: dict[Any, bool] = {}
 
     def _transformation(self, index: int) -> GradientTransformation:
@@ -268,11 +269,20 @@ class TorchOptimizer(torch.optim.Optimizer):
         cohorts: dict[tuple[int, ...], list[int]] = {}
         for i in known:
             cohorts.setdefault(tuple(id(self.state[params[i]][name]) for name in shared), []).append(i)
-        if len(cohorts) > self._separable.get(index, 1):
-            check_separable(self._transformation(index), params, list(cohorts.values()))
-            self._separable[index] = len(cohorts)
+        if len(cohorts) > 1:
+            self._check_separable(index, known, list(cohorts.values()))
         batches = [[i for i in cohort if i in stepping] for cohort in cohorts.values()]
         return [batch for batch in batches if batch]
+
+    def _check_separable(self, index: int, known: Sequence[int], cohorts: Sequence[Sequence[int]]) -> None:
+        """Check the cohorts that were not checked before, among the same parameters."""
+        key = (index, tuple(known))
+        checked = self._separable.get(key, set())
+        new = [cohort for cohort in cohorts if tuple(cohort) not in checked]
+        if new:
+            check_separable(self._transformation(index), self.param_groups[index]["params"], new, known)
+            self._separable = {k: v for k, v in self._separable.items() if k[0] != index}
+            self._separable[key] = {*checked, *map(tuple, new)}
 
     def _store(self, index: int, members: Sequence[int], leaves: Sequence[Tensor]) -> None:
         params = self.param_groups[index]["params"]
@@ -366,32 +376,3 @@ def _read(values: dict[str, Any], name: str, like: Tensor) -> Tensor:
 
 def _same(old: Any, new: Any) -> bool:
     return old is new or (type(old) is type(new) and not isinstance(old, Tensor) and old == new)
-
-
-def _second_gradient(closure: Callable[[], Any] | None, params: list[Tensor], *, alone: bool) -> Callable[[Tree], Tree]:
-    """The gradient as a function of the parameters, by the closure: what `sam` asks for."""
-
-    def grad_fn(perturbed: Tree) -> Tree:
-        if closure is None:
-            raise ValueError("The transformation asks for a second gradient: call step(closure).")
-        if not alone:
-            raise ValueError(
-                "A second gradient by closure needs all parameters in one group, with gradients at the same steps. "
-                "Else use diffopt.step(..., grad_fn=...) on one tree of parameters."
-            )
-        leaves, treespec = tree.flatten(perturbed)
-        saved = [p.clone() for p in params]
-        try:
-            for p, moved in zip(params, leaves, strict=True):
-                p.copy_(moved)
-            with torch.enable_grad():
-                closure()
-        finally:
-            for p, old in zip(params, saved, strict=True):
-                p.copy_(old)
-        found = [p.grad for p in params]
-        if any(g is None for g in found):
-            raise ValueError("The closure's second call gave no gradient for a parameter that had one.")
-        return tree.unflatten(treespec, [g.clone() for g in found if g is not None])
-
-    return grad_fn

@@ -29,9 +29,10 @@ def from_torch_state(
     .. math:: \mu = \texttt{exp\_avg}, \quad \nu = \texttt{exp\_avg\_sq}, \quad m = \texttt{momentum\_buffer}, \quad
         t = \texttt{step}
 
-    Hyperparameters are not part of the state: give `optimizer` those of torch. Parameters are matched by identity where
-    source is an optimizer of the very leaves of params; by order where params is a list, a tuple or a tensor; else by
-    name, such as ``"layer.weight"`` for the leaf ``params["layer.weight"]`` or ``params["layer"]["weight"]``.
+    Hyperparameters are not part of the state: give `optimizer` those of torch (``weight_decay`` of Adam and SGD is
+    ``chain(add_decayed_weights(weight_decay), adam(...))`` here). Parameters are matched by identity where source is an
+    optimizer of the very leaves of params; by order where params is a list, a tuple or a tensor; else by name, such as
+    ``"layer.weight"`` for the leaf ``params["layer.weight"]`` or ``params["layer"]["weight"]``.
 
     Args:
         source: A torch optimizer, or its state dict. Moments are of the shapes of the parameters.
@@ -45,9 +46,9 @@ def from_torch_state(
 
     Raises:
         ValueError: If source is of another optimizer; if it has an option that the transformation cannot follow
-            (amsgrad, maximize, dampening, several groups with different hyperparameters) or counts that differ among
-            parameters; if parameters cannot be matched, or shapes differ; or if the transformation keeps a state that
-            torch's has not.
+            (amsgrad, maximize, dampening, momentum where that has none, several groups with different hyperparameters)
+            or counts that differ among parameters; if parameters cannot be matched, or shapes differ; or if the
+            transformation keeps a state that torch's has not.
         TypeError: If a leaf of params is not a floating-point tensor.
 
     Example:
@@ -67,6 +68,8 @@ def from_torch_state(
         state = optimizer.init(params)
     parts, outer = optree.tree_flatten(state, is_leaf=_is_known)
     moments = _moments_of(parts, saved.kind)
+    if saved.momentum and moments is None:
+        raise ValueError(f"torch.optim.SGD has momentum={saved.momentum}, and the transformation none.")
     own = [saved.state.get(i, {}) for i in order]
     count = _common_count(own) if saved.kind == "Adam" else None
     columns = {name: _column(own, key, leaves, params) for key, name in _slots(saved.kind, moments)}
@@ -121,12 +124,14 @@ def to_torch_state(
     saved = _read_source(target)
     order = _match(target, saved, params, leaves, names)
     moments = _moments_of(optree.tree_leaves(state, is_leaf=_is_known), saved.kind)
+    if saved.kind == "SGD" and moments is not None and not saved.momentum:
+        raise ValueError("The transformation has momentum, and torch.optim.SGD has momentum=0.")
     template = target.state_dict() if isinstance(target, torch.optim.Optimizer) else target
     new: dict[int, dict[str, Tensor]] = {i: {} for i in order}
     for key, name in _slots(saved.kind, moments):
         column = flatten_like(getattr(moments, name), leaves, treespec, name=f"state.{name}", reference_name="params")
         for i, leaf, value in zip(order, leaves, column, strict=True):
-            if saved.kind == "Adam" and "step" not in new[i]:
+            if isinstance(moments, ScaleByAdamState) and "step" not in new[i]:
                 new[i]["step"] = moments.count.detach().to("cpu", torch.get_default_dtype(), copy=True)
             new[i][key] = value.detach().to(leaf.dtype, copy=True)
     groups = [{**group, "params": list(group["params"])} for group in template["param_groups"]]
@@ -137,6 +142,7 @@ class _Saved(NamedTuple):
     """A torch state dict, read and checked."""
 
     kind: str
+    momentum: float
     names: list[str] | None
     ids: list[int]
     state: Mapping[int, Mapping[str, Any]]
@@ -163,7 +169,8 @@ def _read_source(source: torch.optim.Optimizer | Mapping[str, Any]) -> _Saved:
             )
             raise ValueError(f"{kind} with {key}={options[0][key]} cannot be converted: {remedy}.")
     names = [name for group in groups for name in group.get("param_names", ())]
-    return _Saved(kind, names or None, [i for group in groups for i in group["params"]], saved["state"])
+    momentum = options[0].get("momentum", 0.0)
+    return _Saved(kind, momentum, names or None, [i for group in groups for i in group["params"]], saved["state"])
 
 
 def _kind(group: Mapping[str, Any]) -> str:
