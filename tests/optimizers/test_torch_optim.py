@@ -14,6 +14,7 @@ from diffopt.optimizers import adam, adamw, nadam, sam, sgd, to_torch
 from diffopt.transforms import (
     GradientTransformation,
     chain,
+    clip_by_global_norm,
     scale_by_polyak,
     step,
 )
@@ -265,6 +266,8 @@ def test_grad_scaler_skips_steps_that_are_not_finite():
         (lambda p: to_torch(adam, [{"params": p, "weight_decay": 0.1}], lr=0.1), TypeError, "weight_decay"),
         (lambda p: to_torch(adamw, [{"params": p, "mask": lambda q: q}], lr=0.1), TypeError, "mask"),
         (lambda p: to_torch(adam(0.1), p, lr=0.1), TypeError, "Pass the factory"),
+        (lambda p: to_torch(chain, p), TypeError, "arguments have names"),
+        (lambda p: to_torch(lambda **options: adam(**options), p, lr=0.1), TypeError, "arguments have names"),
         (lambda p: to_torch(cast(Any, 3), p), TypeError, "needs a transformation"),
         (lambda p: to_torch(lambda learning_rate: learning_rate, p, lr=0.1), TypeError, "must give a Gradient"),
         (lambda p: to_torch(adam, [], lr=0.1), ValueError, "empty"),
@@ -274,6 +277,18 @@ def test_grad_scaler_skips_steps_that_are_not_finite():
 def test_bad_arguments_raise(make, error, match):
     with pytest.raises(error, match=match):
         make(parameters())
+
+
+def test_a_factory_of_several_members_has_its_options_in_the_groups():
+    def factory(learning_rate, clip=1.0):
+        return chain(clip_by_global_norm(clip), sgd(learning_rate))
+
+    params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2)]
+    optimizer = to_torch(factory, [{"params": params[:1]}, {"params": params[1:], "clip": 10.0}], lr=1.0)
+    for p in params:
+        p.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert_same(params, [torch.tensor([2.4, 3.2]), torch.zeros(2)], 1e-6)
 
 
 def test_sparse_gradients_raise_before_anything_moves():

@@ -51,7 +51,8 @@ def read_recipe(
         The recipe, and the defaults of the groups.
 
     Raises:
-        TypeError: If a name is not one of the factory's, or optimizer is neither factory nor transformation.
+        TypeError: If a name is not one of the factory's, if that takes ``*args`` or ``**kwargs``, or if optimizer is
+            neither factory nor transformation.
 
     Example:
         >>> from diffopt.optimizers import sgd
@@ -71,8 +72,12 @@ def read_recipe(
         )
     options = {}
     for name, parameter in inspect.signature(optimizer).parameters.items():
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            options[name] = required if parameter.default is parameter.empty else parameter.default
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(
+                f"`to_torch` needs a factory whose arguments have names; {parameter} has none. Write one such as "
+                "def factory(learning_rate, b1=0.9), or pass the ready transformation."
+            )
+        options[name] = required if parameter.default is parameter.empty else parameter.default
     names = {"lr" if name == "learning_rate" else name: name for name in options}
     _check_names(given, set(names), "`to_torch`")
     options = {key: given.get(key, options[name]) for key, name in names.items()}
