@@ -1,12 +1,14 @@
 """Medians of warmed-up calls, and a record of where and with what they were taken."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +52,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def machine() -> dict[str, Any]:
-    """The date, the machine and the versions of this run."""
+def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The date, the machine and the versions of this run, those of peers too."""
     cpu = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -64,13 +66,14 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
     }
 
 
-def record(name: str, rows: list[dict[str, Any]]) -> None:
+def record(name: str, rows: list[dict[str, Any]], packages: Sequence[str] = ()) -> None:
     """Write the rows of one benchmark to `results/<name>.json`, and print them."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(packages), "rows": rows}, indent=1) + "\n")
     width = max(len(row["case"]) for row in rows)
     for row in rows:
         print(f"{row['case']:{width}}  {row['value']:10.2f} {row['unit']:7} (bar: {row['bar']})")

@@ -15,13 +15,16 @@ from diffopt.autodiff import compiled_body, vjp
 from diffopt.autodiff.fused_op import shaped
 from diffopt_kernels.steps import StepRule
 
-__all__ = ["COMPILE_FROM", "step", "step_backward", "step_in_place"]
+__all__ = ["COMPILE_FROM", "copies", "step", "step_backward", "step_in_place"]
 
 COMPILE_FROM = 1 << 18
 """Trees of at least this many entries take a compiled body."""
 
 BLOCK = 1 << 18
 """Leaves are put together up to this many entries."""
+
+PIECE = 1 << 16
+"""What is not compiled is done so many entries at a time."""
 
 Columns = Sequence[Sequence[Tensor]]
 
@@ -39,9 +42,9 @@ def step(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -> tuple[l
     """
     out: list[list[Tensor]] = [[] for _ in range(1 + rule.moments)]
     size, lanes = _size(columns), _lanes(scalars)
-    for block in _blocks(columns[0], lanes):
+    for block in _blocks(columns[0]):
         rows = [_gather([column[i] for i in block], lanes) for column in columns]
-        found = _run(_forward_body(rule), size, *rows, *_beside(scalars, lanes))
+        found = _run(_forward_body(rule), size, rows, _beside(scalars, lanes))
         for column, new in zip(out, found, strict=True):
             column += _scatter(new, [columns[0][i] for i in block])
     return tuple(out)
@@ -56,12 +59,12 @@ def step_in_place(rule: StepRule, columns: Columns, scalars: Sequence[Tensor]) -
         scalars: The rule's scalars, float64 and 0-d.
     """
     size, memory = _size(columns), (columns[0], *columns[2:])
-    for block in _blocks(columns[0], None):
+    for block in _blocks(columns[0]):
         leaves = [[column[i] for i in block] for column in columns]
         if len(block) == 1 and all(leaf.is_contiguous() for (leaf,) in leaves):
-            _run(_in_place_body(rule), size, *(leaf.view(-1) for (leaf,) in leaves), *scalars)
+            _run(_in_place_body(rule), size, [leaf.view(-1) for (leaf,) in leaves], scalars)
             continue
-        found = _run(_forward_body(rule), size, *(_gather(column, None) for column in leaves), *scalars)
+        found = _run(_forward_body(rule), size, [_gather(column, None) for column in leaves], scalars)
         for column, new in zip(memory, found, strict=True):
             for i, piece in zip(block, _scatter(new, [columns[0][i] for i in block]), strict=True):
                 column[i].copy_(piece)
@@ -97,11 +100,11 @@ def step_backward(
     seeds = [column for column, g in zip(cotangents, given, strict=True) if g]
     # Steps are linear in the parameters: only the scalars' cotangents look at their values.
     values = columns if scalars_wanted or not given[0] else columns[1:]
-    for block in _blocks(columns[0], lanes):
+    for block in _blocks(columns[0]):
         rows = [_gather([column[i] for i in block], lanes) for column in (*values, *seeds)]
         if values is not columns:
             rows.insert(0, rows[len(values)])
-        found = iter(_run(body, size, *rows, *_beside(scalars, lanes)))
+        found = iter(_run(body, size, rows, _beside(scalars, lanes)))
         for column in out:
             if column is not None:
                 column += _scatter(next(found), [columns[0][i] for i in block])
@@ -110,9 +113,50 @@ def step_backward(
     return tuple(out), sums
 
 
-def _run(body: Callable[..., Any], size: int, *args: Tensor) -> Any:
-    found = compiled_body.run(body, *args, dynamic=True) if size >= COMPILE_FROM and args[0].is_cpu else None
-    return body(*args) if found is None else found
+def copies(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Copy leaves into fresh contiguous memory, small ones together.
+
+    Args:
+        leaves: Plain tensors of one dtype.
+
+    Returns:
+        The copies.
+
+    Example:
+        >>> copies([torch.ones(2), torch.zeros(())])
+        [tensor([1., 1.]), tensor(0.)]
+    """
+    out: list[Tensor] = []
+    for block in _blocks(leaves):
+        part = [leaves[i] for i in block]
+        if len(part) == 1:
+            out.append(part[0].clone(memory_format=torch.contiguous_format))
+        else:
+            out += _scatter(_gather(part, None), part)
+    return out
+
+
+def _run(body: Callable[..., Any], size: int, rows: Sequence[Tensor], scalars: Sequence[Tensor]) -> Any:
+    """Run a body on rows of a block: compiled where the tree is large, else piece by piece, to stay in cache."""
+    if size >= COMPILE_FROM and rows[0].is_cpu:
+        found = compiled_body.run(body, *rows, *scalars, dynamic=True)
+        if found is not None:
+            return found
+    if rows[0].ndim > 1 or len(rows[0]) <= PIECE:
+        return body(*rows, *scalars)
+    whole: list[Tensor] = []
+    for k, pieces in enumerate(zip(*(row.split(PIECE) for row in rows), strict=True)):
+        found = body(*pieces, *scalars)
+        if found is True:
+            continue
+        if k == 0:
+            whole = [x.new_empty(len(rows[0])) if x.ndim else torch.zeros_like(x) for x in found]
+        for out, x in zip(whole, found, strict=True):
+            if x.ndim:
+                out[k * PIECE : k * PIECE + len(x)] = x
+            else:
+                out += x
+    return whole
 
 
 @functools.cache
@@ -168,7 +212,7 @@ def _beside(scalars: Sequence[Tensor], lanes: int | None) -> Sequence[Tensor]:
     return scalars if lanes is None else [s.unsqueeze(-1) if s.ndim else s for s in scalars]
 
 
-def _blocks(leaves: Sequence[Tensor], lanes: int | None) -> Iterator[list[int]]:
+def _blocks(leaves: Sequence[Tensor]) -> Iterator[list[int]]:
     """Runs of leaves, each as long as it may be for its entries to stay below the size of a block."""
     block: list[int] = []
     entries = 0

@@ -16,6 +16,7 @@ from diffopt.autodiff import compiled_body
 from diffopt.autodiff.fused_op import fused_by_rule
 from diffopt.autodiff.levels import transforms_active
 from diffopt.transforms.fusion import blocks, torch_fused
+from diffopt.transforms.leafwise import bias_correction
 from diffopt.typing import Numeric
 from diffopt_kernels import multi_tensor
 from diffopt_kernels.steps import StepRule
@@ -33,7 +34,7 @@ def plain_step(
     Args:
         rule: The step.
         columns: Lists of plain parameters, gradients and moments, each of one dtype and device.
-        scalars: The rule's scalars by name.
+        scalars: The rule's scalars by name; Adam's corrections follow from the count.
         count: The count of steps, this one included, where the rule has one.
         donate: Whether to write over the parameters and moments.
 
@@ -42,12 +43,13 @@ def plain_step(
     """
     written = (columns[0], *columns[2:])
     if by_kernel(columns[0]):
-        return multi_tensor.step(rule, columns, _tensors(rule, scalars, columns), out=written if donate else None)
+        out = written if donate else None
+        return multi_tensor.step(rule, columns, _tensors(rule, scalars, count, columns), out)
     if by_torch(rule, columns, scalars):
-        return _by_torch(rule, columns, scalars, count, donate)
+        return (_by_torch_in_place if donate else _by_torch)(rule, columns, scalars, count)
     if not donate:
-        return blocks.step(rule, columns, _tensors(rule, scalars, columns))
-    blocks.step_in_place(rule, columns, _tensors(rule, scalars, columns))
+        return blocks.step(rule, columns, _tensors(rule, scalars, count, columns))
+    blocks.step_in_place(rule, columns, _tensors(rule, scalars, count, columns))
     return written
 
 
@@ -75,7 +77,7 @@ def differentiable_step(
     Args:
         rule: The step.
         columns: Lists of parameters, gradients and moments, each of one dtype and device.
-        scalars: The rule's scalars by name.
+        scalars: The rule's scalars by name; Adam's corrections follow from the count.
         count: The count of steps, this one included, where the rule has one.
 
     Returns:
@@ -83,9 +85,9 @@ def differentiable_step(
     """
     forward = functools.partial(_forward, rule)
     if not transforms_active() and by_torch(rule, columns, scalars):
-        forward = lambda columns, _: _by_torch(rule, columns, scalars, count, donate=False)  # noqa: E731
+        forward = lambda columns, _: _by_torch(rule, columns, scalars, count)  # noqa: E731
     step = fused_by_rule(rule.reference, forward, functools.partial(_backward, rule))
-    return step(columns, _tensors(rule, scalars, columns))
+    return step(columns, _tensors(rule, scalars, count, columns))
 
 
 def by_kernel(leaves: Sequence[Tensor]) -> bool:
@@ -124,28 +126,35 @@ def _backward(
     return home.step_backward(rule, columns, scalars, cotangents, wanted, scalars_wanted)
 
 
-def _tensors(rule: StepRule, scalars: Mapping[str, Numeric], columns: Columns) -> list[Tensor]:
-    """The scalars in the rule's order, float64 and 0-d, on the device of the leaves."""
+def _tensors(rule: StepRule, scalars: Mapping[str, Numeric], count: Tensor | None, columns: Columns) -> list[Tensor]:
+    """The scalars in the rule's order, float64 and 0-d, on the device of the leaves; Adam's corrections are made."""
     device = columns[0][0].device
+    if count is not None:
+        corrections = {f"correction{k}": bias_correction(scalars[f"b{k}"], count) for k in (1, 2)}
+        scalars = {**corrections, **scalars}
     values = [scalars[name] for name in rule.scalars]
     numbers = iter(torch.tensor([v for v in values if not isinstance(v, Tensor)], dtype=torch.float64, device=device))
     return [v.to(device, torch.float64) if isinstance(v, Tensor) else next(numbers) for v in values]
 
 
 def _by_torch(
-    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None, donate: bool
-) -> Sequence[Sequence[Tensor]]:
-    written = (columns[0], *columns[2:])
+    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None
+) -> list[list[Tensor]]:
+    """Step copies of the leaves by torch's own function, which writes in place."""
+    params, *moments = map(blocks.copies, (columns[0], *columns[2:]))
+    grads = list(map(Tensor.contiguous, columns[1]))
+    torch_fused.step_in_place(rule, (params, grads, *moments), scalars, count)
+    return [params, *moments]
+
+
+def _by_torch_in_place(
+    rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None
+) -> list[Sequence[Tensor]]:
+    """Step the leaves themselves; those of other strides by way of contiguous copies."""
     ready = [list(map(Tensor.contiguous, column)) for column in columns]
-    if not donate:
-        for j in (0, *range(2, len(columns))):
-            ready[j] = [x.clone(memory_format=torch.contiguous_format) for x in columns[j]]
     torch_fused.step_in_place(rule, ready, scalars, count)
-    new = (ready[0], *ready[2:])
-    if not donate:
-        return new
-    for column, fresh in zip(written, new, strict=True):
-        for x, y in zip(column, fresh, strict=True):
+    for column, stepped in zip((columns[0], *columns[2:]), (ready[0], *ready[2:]), strict=True):
+        for x, y in zip(column, stepped, strict=True):
             if x is not y:
                 x.copy_(y)
-    return written
+    return [columns[0], *columns[2:]]

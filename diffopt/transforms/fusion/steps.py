@@ -15,7 +15,6 @@ from diffopt.transforms.base import GradientTransformation, apply_updates
 from diffopt.transforms.donation import check_donation, mark_written
 from diffopt.transforms.fusion import launch, torch_fused
 from diffopt.transforms.fusion.donated import Checked, remember, still_holds
-from diffopt.transforms.leafwise import bias_correction
 from diffopt.transforms.leaves import check_hyperparameter, flatten_floating, flatten_like, precise_dtype
 from diffopt.transforms.masks import mask_leaves
 from diffopt.transforms.scale import ScaleByScheduleState
@@ -150,8 +149,6 @@ def _scalars(
         scalars["learning_rate"] = learning_rate
     if "correction1" in rule.scalars:
         count = state[0].count + 1
-        scalars["correction1"] = bias_correction(scalars["b1"], count)
-        scalars["correction2"] = bias_correction(scalars["b2"], count)
     return scalars, count
 
 

@@ -36,6 +36,7 @@ def everywhere(monkeypatch):
     """Fuse the smallest trees, in blocks of a few entries, and compile nothing."""
     monkeypatch.setattr("diffopt.transforms.fusion.steps.FUSE_FROM", 0)
     monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "PIECE", 5)
 
 
 def start(dtype=F64):
