@@ -1,6 +1,7 @@
 """Every Python block of README and docs runs and prints what it says; the generated tables; the list of pages."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import diffopt
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
 
+import figures  # noqa: E402
 import tables  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,3 +126,43 @@ def test_face_table_links_every_top_level_name():
     table = tables.face_table(diffopt)
     assert "| {py:func}`~diffopt.optimizers.adam` |" in table
     assert "| {py:class}`~diffopt.transforms.GradientTransformation` |" in table
+
+
+def test_every_optimizer_has_a_section_with_its_equation_its_paper_and_its_state():
+    sections = tables.optimizer_sections()
+    names = [name for name in diffopt.optimizers.__all__ if f"### {name}\n" in sections]
+    assert names == list(tables.list_optimizers())
+    assert {"sgd", "adam", "adamw", "sam", "prodigy", "muon"} <= set(names)
+    for section in sections.split("### ")[1:]:
+        assert ".. math::" in section
+        assert re.search(r"^:Paper:\n   \| .*\d{4}", section, flags=re.MULTILINE), section
+        assert ":Differentiable in: ``" in section
+        assert ":State: " in section
+    adam = sections.split("### adam\n")[1].split("###")[0]
+    assert r"\mu_t = b_1 \mu_{t-1}" in adam
+    assert "``learning_rate``, ``b1``, ``b2``, ``eps``, ``eps_root``" in adam
+    assert ":State: :py:class:`~diffopt.transforms.ScaleByAdamState` (count, mu, nu)" in adam
+
+
+@pytest.mark.parametrize("name", ["adam", "sam", "muon"])
+def test_the_paths_in_the_picture_of_the_optimizers_go_down(name):
+    path, rate = figures.descend(tables.list_optimizers()[name])
+    assert path.shape == (figures.STEPS + 1, 2)
+    assert rate in figures.RATES
+    assert figures.valley(path[-1]) < 0.05 * figures.valley(path[0])
+
+
+def resolve(name):
+    """The object of a dotted name, such as a submodule or what it holds."""
+    return functools.reduce(getattr, name.split(".")[1:], importlib.import_module(name.split(".")[0]))
+
+
+def test_every_name_in_the_migration_tables_exists():
+    rows = re.findall(r"^\|(.*)\|$", (ROOT / "docs" / "coming_from.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 60
+    ours = [name for row in rows for name in re.findall(r"`(diffopt[\w.]*)`", row)]
+    assert len(ours) > 60
+    for name in ours:
+        resolve(name)
+    theirs = [name for row in rows for name in re.findall(r"`(torch\.[\w.]+)", row)]
+    assert torch.optim.AdamW in [resolve(name) for name in theirs]
