@@ -8,8 +8,8 @@ from diffopt import random
 from diffopt.autodiff import any_lane, unroll, value_and_grad, while_loop
 from diffopt.implicit import custom_root
 from diffopt.linalg import CG, GMRES, Dense, NormalCG, linear_solve, matrix_operator
-from diffopt.optimizers import adamw
-from diffopt.transforms import step
+from diffopt.optimizers import adamw, lion, rmsprop, sgd
+from diffopt.transforms import chain, clip_by_global_norm, step
 from problems import W, equation, newton_unrolled, reference_root, root_args
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -120,3 +120,38 @@ def test_adamw_step_matches_the_cpu():
     ours = train({name: p.cuda() for name, p in params.items()})
     for name, expected in train(params).items():
         close(ours[name], expected, 1e-12)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_fused_steps_agree_with_the_cpu(donate):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 7), (5,), (), (0, 3), (4096,)]
+    start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    grads = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    for optimizer in (
+        sgd(0.1),
+        sgd(0.1, 0.9, True),
+        rmsprop(0.1),
+        lion(0.1),
+        chain(clip_by_global_norm(1.0), adamw(0.1)),
+    ):
+        ours, theirs = [p.cuda() for p in start], start
+        state, their_state = optimizer.init(ours), optimizer.init(theirs)
+        for _ in range(3):
+            ours, state = step(optimizer, [g.cuda() for g in grads], state, ours, donate=donate)
+            theirs, their_state = step(optimizer, grads, their_state, theirs)
+        for x, y in zip(ours, theirs, strict=True):
+            close(x, y)
+
+
+def test_fused_steps_have_the_derivatives_of_the_chain():
+    optimizer = chain(clip_by_global_norm(1.0), adamw(0.1, eps_root=1e-3))
+    p, g = (torch.linspace(0.1, 1.0, 2000, dtype=torch.float64).reshape(2, 1000) + k for k in range(2))
+
+    def loss(p, g):
+        return step(optimizer, g.sin(), optimizer.init(p), p)[0].cosh().sum()
+
+    for ours, theirs in zip(grad(loss, (0, 1))(p.cuda(), g.cuda()), grad(loss, (0, 1))(p, g), strict=True):
+        close(ours, theirs)
+    for ours, theirs in zip(vmap(grad(loss, (0, 1)))(p.cuda(), g.cuda()), vmap(grad(loss, (0, 1)))(p, g), strict=True):
+        close(ours, theirs)

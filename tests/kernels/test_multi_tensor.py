@@ -298,3 +298,13 @@ def test_empty_lists_need_no_launch():
     assert grads == ([], None)
     assert scalars is not None
     assert torch.equal(scalars[0], torch.zeros(2, dtype=torch.float64))
+
+
+@needs_triton
+def test_the_gpu_benchmark_runs_small(tmp_path):
+    folder = pathlib.Path(__file__).parents[2] / "benchmarks"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "gpu.py", "--interpret"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("agree with the chain") == 2
