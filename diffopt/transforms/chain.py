@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from diffopt import tree
 from diffopt.transforms.base import GradientTransformation
+from diffopt.transforms.donation import check_donation
 from diffopt.typing import Tree
 
 __all__ = ["chain", "named_chain"]
@@ -65,7 +68,11 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
 
     def step(grads: Tree, state: tuple[Any, ...], params: Tree, **extra: Any) -> tuple[Tree, tuple[Any, ...]]:
         _check_state(state, len(transformations))
-        updates, new_state = prefix.update(grads, state[:-1], params, **extra)
+        given = {name: value for name, value in extra.items() if name != "donate"}
+        updates, new_state = prefix.update(grads, state[:-1], params, **given)
+        if extra.get("donate") and not torch.compiler.is_compiling():
+            # a member may keep the parameters that it saw, as they are
+            check_donation(_floating((params, state[-1])), _floating(new_state))
         params, last_state = last_step(updates, state[-1], params, **_accepted(last_step, extra))
         return params, (*new_state, last_state)
 
@@ -132,6 +139,10 @@ def _check_state(state: tuple[Any, ...], members: int) -> None:
             f"`chain` of {members} needs a state of {members} entries; got {got}. Take the state from this "
             "chain's own init."
         )
+
+
+def _floating(trees: Any) -> list[Tensor]:
+    return [x for x in tree.leaves(trees) if x.is_floating_point()]
 
 
 def _accepted(function: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from diffopt import tree
 from diffopt.optimizers import adam, adamw, lion, nadam, rmsprop, sgd
-from diffopt.transforms import chain, clip_by_global_norm, step
+from diffopt.transforms import GradientTransformation, chain, clip_by_global_norm, step
 from diffopt.transforms.donation import check_donation, mark_written
 
 OPTIMIZERS = {
@@ -202,3 +202,12 @@ def test_inference_tensors_can_be_donated():
             p, state = step(optimizer, torch.ones(2), state, p, donate=True)
         mark_written([p])
     torch.testing.assert_close(p, torch.full((2,), 0.7))
+
+
+def test_parameters_that_a_member_keeps_are_not_written_over():
+    remember = GradientTransformation(lambda p: p, lambda u, state, params=None, **extra: (u, params))
+    optimizer, p = chain(remember, adam(0.1)), torch.ones(2)
+    state = optimizer.init(p.clone())
+    with pytest.raises(ValueError, match="share no memory"):
+        step(optimizer, torch.ones(2), state, p, donate=True)
+    assert torch.equal(step(optimizer, torch.ones(2), state, p)[1][0], torch.ones(2))
