@@ -111,47 +111,11 @@ def lay_out(columns: Columns, lanes: int | None, out: Columns | None = None) -> 
     return Layout(shapes, strides, lanes, devices.pop() if devices else torch.device("cpu"))
 
 
-def _strides(leaf: Tensor, lanes: int | None) -> tuple[int, ...]:
-    if leaf.is_contiguous():
-        return leaf.stride()
-    elements = 1
-    for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
-        dense = size == 1 or stride == elements
-        if not dense:
-            break
-        elements *= size
-    else:
-        if lanes in (None, 1) or leaf.stride(0) * lanes == leaf.numel():
-            return leaf.stride()
-    return torch.empty(leaf.shape, device="meta").stride()
-
-
 def scalar_table(scalars: Sequence[Tensor], lanes: int | None) -> Tensor:
     """Stack scalars on the device: float64, shape (lanes or 1, scalars)."""
     if lanes is None or all(scalar.ndim == 0 for scalar in scalars):
         return torch.stack(list(scalars)).double()[None]
     return torch.stack([scalar.expand(lanes) for scalar in scalars], dim=1).double()
-
-
-@functools.lru_cache(maxsize=64)
-def _work_table(sizes: tuple[int, ...], width: int, device: torch.device, stream: int) -> Tensor:
-    """List the programs of a lane: leaf, first element, elements in the lane of that leaf; int64, shape (programs, 3).
-
-    The stream is part of the key, since a table is safe to read, and its memory to take back, on its own stream only.
-    """
-    del stream
-    elements = torch.tensor(sizes, device="cpu")
-    programs = (elements + width - 1) // width
-    leaf = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), programs)
-    block = torch.arange(len(leaf), device="cpu") - (programs.cumsum(0) - programs)[leaf]
-    return torch.stack((leaf, block * width, elements[leaf]), dim=1).to(device)
-
-
-def _pointer_table(columns: Sequence[Sequence[Tensor] | None], device: torch.device) -> Tensor:
-    leaves = next(len(column) for column in columns if column is not None)
-    rows = [[0] * leaves if column is None else [leaf.data_ptr() for leaf in column] for column in columns]
-    table = torch.tensor([list(row) for row in zip(*rows, strict=True)], dtype=torch.int64, device="cpu")
-    return table.to(device, non_blocking=True)
 
 
 def launch(
@@ -225,3 +189,39 @@ def finish(out: Sequence[Tensor] | None, written: list[Tensor]) -> list[Tensor]:
         else:
             leaf.copy_(value)
     return list(out)
+
+
+def _strides(leaf: Tensor, lanes: int | None) -> tuple[int, ...]:
+    if leaf.is_contiguous():
+        return leaf.stride()
+    elements = 1
+    for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
+        dense = size == 1 or stride == elements
+        if not dense:
+            break
+        elements *= size
+    else:
+        if lanes in (None, 1) or leaf.stride(0) * lanes == leaf.numel():
+            return leaf.stride()
+    return torch.empty(leaf.shape, device="meta").stride()
+
+
+@functools.lru_cache(maxsize=64)
+def _work_table(sizes: tuple[int, ...], width: int, device: torch.device, stream: int) -> Tensor:
+    """List the programs of a lane: leaf, first element, elements in the lane of that leaf; int64, shape (programs, 3).
+
+    The stream is part of the key, since a table is safe to read, and its memory to take back, on its own stream only.
+    """
+    del stream
+    elements = torch.tensor(sizes, device="cpu")
+    programs = (elements + width - 1) // width
+    leaf = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), programs)
+    block = torch.arange(len(leaf), device="cpu") - (programs.cumsum(0) - programs)[leaf]
+    return torch.stack((leaf, block * width, elements[leaf]), dim=1).to(device)
+
+
+def _pointer_table(columns: Sequence[Sequence[Tensor] | None], device: torch.device) -> Tensor:
+    leaves = next(len(column) for column in columns if column is not None)
+    rows = [[0] * leaves if column is None else [leaf.data_ptr() for leaf in column] for column in columns]
+    table = torch.tensor([list(row) for row in zip(*rows, strict=True)], dtype=torch.int64, device="cpu")
+    return table.to(device, non_blocking=True)

@@ -41,10 +41,6 @@ def step_reference(
     return tuple([o.copy_(new) for o, new in zip(*pair, strict=True)] for pair in zip(out, news, strict=True))
 
 
-def _against(scalars: Sequence[Tensor], leaf: Tensor) -> list[Tensor]:
-    return [scalar.reshape(scalar.shape + (1,) * (leaf.ndim - 1)) if scalar.ndim else scalar for scalar in scalars]
-
-
 def step(
     rule: StepRule, columns: Columns, scalars: Sequence[Tensor], out: Columns | None = None
 ) -> tuple[list[Tensor], ...]:
@@ -162,6 +158,10 @@ def step_backward(
     if not scalars_wanted:
         return tuple(grads), None
     return tuple(grads), [totals[:, k] if s.ndim else totals[:, k].sum() for k, s in enumerate(scalars)]
+
+
+def _against(scalars: Sequence[Tensor], leaf: Tensor) -> list[Tensor]:
+    return [scalar.reshape(scalar.shape + (1,) * (leaf.ndim - 1)) if scalar.ndim else scalar for scalar in scalars]
 
 
 def _real(columns: Columns) -> torch.dtype:

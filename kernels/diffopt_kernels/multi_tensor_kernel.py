@@ -10,7 +10,7 @@ The tables are made in `diffopt_kernels.launch`.
 import triton
 import triton.language as tl
 
-__all__ = ["begin", "load", "scalars_of", "step", "step_backward", "store", "store_sums", "whole"]
+__all__ = ["begin", "load", "step", "step_backward", "store", "store_sums", "whole"]
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def store_sums(partials, terms, left, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def scalars_of(table, COUNT: tl.constexpr):
+def _scalars_of(table, COUNT: tl.constexpr):
     """Load a lane's scalars, in float64."""
     values = ()
     for k in tl.static_range(COUNT):
@@ -249,7 +249,7 @@ def step(
 ):
     """Step a list of leaves; DTYPES are those of the columns (p, g, moments), then of the new (p, moments)."""
     addresses, left, lane = begin(pointers, work, per_lane, DTYPES)
-    scalars = scalars_of(table + lane * stride, SCALARS)
+    scalars = _scalars_of(table + lane * stride, SCALARS)
     if whole(addresses, left, BLOCK):
         _step_block(addresses, left, scalars, RULE, COLUMNS, DTYPES, REAL, BLOCK, True)
     else:
@@ -298,7 +298,7 @@ def step_backward(
 ):
     """Pull cotangents back through `step`; DTYPES are those of the columns, the cotangents, the columns again."""
     addresses, left, lane = begin(pointers, work, per_lane, DTYPES)
-    scalars = scalars_of(table + lane * stride, SCALARS)
+    scalars = _scalars_of(table + lane * stride, SCALARS)
     if whole(addresses, left, BLOCK):
         _backward_block(
             addresses, left, scalars, partials, RULE, COLUMNS, WANTED, SUMS, DTYPES, REAL, BLOCK, WHOLE=True

@@ -15,7 +15,7 @@ from diffopt.autodiff import compiled_body, vjp
 from diffopt.autodiff.fused_op import shaped
 from diffopt_kernels.steps import StepRule
 
-__all__ = ["COMPILE_FROM", "copies", "step", "step_backward", "step_in_place"]
+__all__ = ["COMPILE_FROM", "step", "step_backward", "step_in_place"]
 
 COMPILE_FROM = 1 << 18
 """Trees of at least this many entries take a compiled body."""
@@ -23,7 +23,7 @@ COMPILE_FROM = 1 << 18
 BLOCK = 1 << 18
 """Leaves are put together up to this many entries."""
 
-PIECE = 1 << 16
+PIECE = 1 << 18
 """What is not compiled is done so many entries at a time."""
 
 Columns = Sequence[Sequence[Tensor]]
@@ -113,29 +113,6 @@ def step_backward(
     return tuple(out), sums
 
 
-def copies(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Copy leaves into fresh contiguous memory, small ones together.
-
-    Args:
-        leaves: Plain tensors of one dtype.
-
-    Returns:
-        The copies.
-
-    Example:
-        >>> copies([torch.ones(2), torch.zeros(())])
-        [tensor([1., 1.]), tensor(0.)]
-    """
-    out: list[Tensor] = []
-    for block in _blocks(leaves):
-        part = [leaves[i] for i in block]
-        if len(part) == 1:
-            out.append(part[0].clone(memory_format=torch.contiguous_format))
-        else:
-            out += _scatter(_gather(part, None), part)
-    return out
-
-
 def _run(body: Callable[..., Any], size: int, rows: Sequence[Tensor], scalars: Sequence[Tensor]) -> Any:
     """Run a body on rows of a block: compiled where the tree is large, else piece by piece, to stay in cache."""
     if size >= COMPILE_FROM and rows[0].is_cpu:
@@ -185,6 +162,15 @@ def _backward_body(
 ) -> Callable[..., tuple[Tensor, ...]]:
     width, seeds = 2 + rule.moments, sum(given)
     chosen = (*wanted, *(scalars_wanted,) * len(rule.scalars))
+
+    def by_hand(*values: Tensor) -> tuple[Tensor, ...]:
+        seeds_given = iter(values[width : width + seeds])
+        cotangents = [next(seeds_given) if g else None for g in given]
+        found = rule.backward(*values[1:width], *values[width + seeds :], *cotangents)  # pyright: ignore
+        return tuple(x for x, w in zip(found, wanted, strict=True) if w)
+
+    if rule.backward is not None and given[0] and not scalars_wanted:
+        return by_hand
 
     def backward(*values: Tensor) -> tuple[Tensor, ...]:
         inputs, cotangents = (*values[:width], *values[width + seeds :]), iter(values[width : width + seeds])

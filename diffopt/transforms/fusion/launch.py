@@ -84,7 +84,9 @@ def differentiable_step(
         The new parameters and moments.
     """
     forward = functools.partial(_forward, rule)
-    if not transforms_active() and by_torch(rule, columns, scalars):
+    # Large leaves are blocks of their own, and what compiles for the backward pass then makes fewer passes than torch.
+    large = sum(map(Tensor.numel, columns[0])) >= blocks.PIECE * len(columns[0]) and compiled_body.available()
+    if not large and not transforms_active() and by_torch(rule, columns, scalars):
         forward = lambda columns, _: _by_torch(rule, columns, scalars, count)  # noqa: E731
     step = fused_by_rule(rule.reference, forward, functools.partial(_backward, rule))
     return step(columns, _tensors(rule, scalars, count, columns))
@@ -141,7 +143,7 @@ def _by_torch(
     rule: StepRule, columns: Columns, scalars: Mapping[str, Numeric], count: Tensor | None
 ) -> list[list[Tensor]]:
     """Step copies of the leaves by torch's own function, which writes in place."""
-    params, *moments = map(blocks.copies, (columns[0], *columns[2:]))
+    params, *moments = ([x.clone(memory_format=torch.contiguous_format) for x in c] for c in (columns[0], *columns[2:]))
     grads = list(map(Tensor.contiguous, columns[1]))
     torch_fused.step_in_place(rule, (params, grads, *moments), scalars, count)
     return [params, *moments]

@@ -167,10 +167,14 @@ def _groups(columns: Columns, decays: list[bool] | None) -> list[tuple[list[int]
 
     None if a leaf's columns lie on several devices, or its moments have not the dtype of its arithmetic.
     """
-    kinds = list(zip(*(map(_kind, column) for column in columns), decays or [True] * len(columns[0]), strict=True))
-    groups: dict[Any, list[int]] = {kind: [] for kind in dict.fromkeys(kinds)}
-    for i, kind in enumerate(kinds):
-        groups[kind].append(i)
+    size, decays = len(columns[0]), decays or [True] * len(columns[0])
+    alone = [set(kinds) for kinds in (*(map(_kind, column) for column in columns), decays)]
+    groups: dict[Any, list[int]] = {}
+    if all(len(kinds) == 1 for kinds in alone):
+        groups[tuple(kinds.pop() for kinds in alone)] = list(range(size))
+    else:
+        for i, kind in enumerate(zip(*(map(_kind, column) for column in columns), decays, strict=True)):
+            groups.setdefault(kind, []).append(i)
     for (dtype, device), (_, grad_device), *moments, _ in groups:
         if grad_device != device or any(moment != (precise_dtype(dtype), device) for moment in moments):
             return None
