@@ -1,33 +1,16 @@
 """diffopt_kernels.clip: launchers against references by Triton's interpreter, and their backward passes."""
 
 import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from diffopt_kernels import clip
-
-KERNELS = str(pathlib.Path(clip.__file__).parents[1])
+from scripts import run_script
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def run(script, path, interpret=True):
-    file = path / "script.py"
-    file.write_text(script)
-    environment = {**os.environ, "PYTHONPATH": KERNELS, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
-    result = subprocess.run(
-        [sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip()
-
-
-# Run apart, since triton must be imported with its interpreter on.
 SCRIPT = """
 import itertools, torch
 from diffopt_kernels import clip
@@ -110,7 +93,7 @@ torch.testing.assert_close(clip.scale(leaves, total), expected_others, rtol=1e-1
 
 @needs_triton
 def test_launchers_agree_with_references(tmp_path):
-    run(SCRIPT, tmp_path)
+    run_script(SCRIPT, tmp_path)
 
 
 COMPILE = """
@@ -140,12 +123,12 @@ print("compiled")
 
 @needs_triton
 def test_kernels_compile_for_a_gpu_and_move_whole_vectors(tmp_path):
-    if run(COMPILE, tmp_path, interpret=False) == "no backend":
+    if run_script(COMPILE, tmp_path, interpret=False) == "no backend":
         pytest.skip("triton has no nvidia backend here")
 
 
 def test_importing_the_launchers_does_not_import_triton(tmp_path):
-    run("import sys, diffopt_kernels.clip; assert 'triton' not in sys.modules", tmp_path)
+    run_script("import sys, diffopt_kernels.clip; assert 'triton' not in sys.modules", tmp_path)
 
 
 def test_references_agree_with_torch():

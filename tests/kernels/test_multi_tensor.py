@@ -10,24 +10,11 @@ import pytest
 import torch
 
 from diffopt_kernels import multi_tensor, steps
-
-KERNELS = str(pathlib.Path(multi_tensor.__file__).parents[1])
+from scripts import run_script
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def run(script, path, interpret=True):
-    file = path / "script.py"
-    file.write_text(script)
-    environment = {**os.environ, "PYTHONPATH": KERNELS, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
-    result = subprocess.run(
-        [sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip()
-
-
-# Run apart, since triton must be imported with its interpreter on.
 PRELUDE = """
 import itertools, torch
 from diffopt_kernels import multi_tensor, steps
@@ -201,7 +188,7 @@ for rule in RULES:
 @needs_triton
 @pytest.mark.parametrize("script", [VALUES + WANTED, EDGES + LANES, LAYOUTS + OUT], ids=["values", "edges", "layouts"])
 def test_launchers_agree_with_references(script, tmp_path):
-    run(PRELUDE + script, tmp_path)
+    run_script(PRELUDE + script, tmp_path)
 
 
 COMPILE = """
@@ -233,12 +220,12 @@ print("compiled")
 
 @needs_triton
 def test_kernels_compile_for_a_gpu_and_move_whole_vectors(tmp_path):
-    if run(COMPILE, tmp_path, interpret=False) == "no backend":
+    if run_script(COMPILE, tmp_path, interpret=False) == "no backend":
         pytest.skip("triton has no nvidia backend here")
 
 
 def test_importing_the_launchers_does_not_import_triton(tmp_path):
-    run("import sys, diffopt_kernels.multi_tensor; assert 'triton' not in sys.modules", tmp_path)
+    run_script("import sys, diffopt_kernels.multi_tensor; assert 'triton' not in sys.modules", tmp_path)
 
 
 def scalar(*shape):
@@ -305,6 +292,8 @@ def test_the_gpu_benchmark_runs_small(tmp_path):
     folder = pathlib.Path(__file__).parents[2] / "benchmarks"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "gpu.py", "--interpret"]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("agree with the chain") == 2
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("agree with the chain") == 2

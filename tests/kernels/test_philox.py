@@ -1,15 +1,12 @@
 """diffopt_kernels.philox: known answers, and each launcher against its reference by Triton's interpreter."""
 
 import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from diffopt_kernels import philox
+from scripts import run_script
 
 FULL = philox.MASK
 
@@ -43,7 +40,6 @@ def test_reference_lays_out_lanes_in_order():
     assert torch.equal(philox.bits_reference(key, 9, 9, torch.int64), lanes[1:10])
 
 
-# Run apart, since triton must be imported with its interpreter on.
 SCRIPT = """
 import torch, triton, triton.language as tl
 from diffopt_kernels import philox
@@ -83,19 +79,8 @@ print("agreed")
 
 @needs_triton
 def test_launchers_agree_with_references_and_triton(tmp_path):
-    script = tmp_path / "script.py"  # triton reads the source of its kernels from a file
-    script.write_text(SCRIPT)
-    kernels = str(pathlib.Path(philox.__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": kernels}
-    run = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip().endswith("agreed")
+    assert run_script(SCRIPT, tmp_path).endswith("agreed")
 
 
-def test_importing_the_launchers_does_not_import_triton():
-    kernels = str(pathlib.Path(philox.__file__).parents[1])
-    code = "import sys, diffopt_kernels.philox; assert 'triton' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": kernels}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+def test_importing_the_launchers_does_not_import_triton(tmp_path):
+    run_script("import sys, diffopt_kernels.philox; assert 'triton' not in sys.modules", tmp_path)
