@@ -48,8 +48,9 @@ def _momentum(p: Tensor, g: Tensor, m: Tensor, learning_rate: Tensor, decay: Ten
 
 def _nesterov(p: Tensor, g: Tensor, m: Tensor, learning_rate: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     real = m.dtype
-    m = decay.to(real) * m + g.to(real)
-    ahead = g.to(real) + decay.to(real) * m
+    precise = g.to(real)
+    m = decay.to(real) * m + precise
+    ahead = precise + decay.to(real) * m
     return (p.to(real) - learning_rate.to(real) * ahead).to(p.dtype), m
 
 

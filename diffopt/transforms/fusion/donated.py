@@ -79,6 +79,8 @@ def still_holds(checked: Checked, treespecs: Sequence[PyTreeSpec], columns: Colu
     Returns:
         A bool; False where the checks must be made anew, and may raise.
     """
+    if not checked.refs or not columns[0] or checked.refs[0]() is not columns[0][0]:
+        return False
     grads, written = columns[1], [x for j, column in enumerate(columns) if j != 1 for x in column]
     if any(spec != checked.treespec for spec in treespecs) or transforms_active():
         return False

@@ -26,6 +26,9 @@ __all__ = ["fuse"]
 FUSE_FROM = 1 << 16
 """Trees on the CPU of fewer entries are differentiated operation by operation."""
 
+REMEMBERED = 4
+"""How many runs of donated steps an optimizer remembers."""
+
 Columns: TypeAlias = Sequence[Sequence[Tensor]]
 
 _kind = operator.attrgetter("dtype", "device")
@@ -89,7 +92,7 @@ def fuse(
         new = _by_group(launched, columns, groups)
         if donate:
             mark_written(written)
-            memory[:] = filter(None, [remember(treespec, columns)])
+            memory[:] = filter(None, [remember(treespec, columns), *memory[: REMEMBERED - 1]])
         new_params, *moments = (tree.unflatten(treespec, column) for column in new)
         return new_params, _next_state(rule, state, count, moments)
 
@@ -109,7 +112,8 @@ def _donated_again(
     """Step in place by torch's fused function, if the step before wrote the same tensors; else None."""
     flat = [tree.flatten(each) for each in trees]
     columns, treespecs = [leaves for leaves, _ in flat], [treespec for _, treespec in flat]
-    if not memory or not still_holds(memory[0], treespecs, columns) or derivative_possible(_tensors(scalars)):
+    known = any(still_holds(checked, treespecs, columns) for checked in memory)
+    if not known or derivative_possible(_tensors(scalars)):
         return None
     if not launch.by_torch(rule, columns, scalars):
         return None
