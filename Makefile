@@ -46,6 +46,8 @@ notebooks: .venv/dev ## Run the notebooks and store their outputs
 bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/primitives.py
 	$(BIN)/python benchmarks/draws.py
+	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## Remove everything that the targets made
 	rm -rf .venv build dist docs/_build docs/_generated docs/notebooks/*.ipynb .pytest_cache .ruff_cache .hypothesis .import_linter_cache
