@@ -59,6 +59,20 @@ def step_in_place(
         tensor([0.5000, 0.5000])
     """
     numbers = {name: _number(value) for name, value in scalars.items()}
+    try:
+        _step(rule, columns, numbers, count)
+    except RuntimeError:  # torch refuses lazily negated views, before it writes; to look for them first costs more
+        if not any(x.is_neg() for column in columns for x in column):
+            raise
+        ready = [[x.resolve_neg() for x in column] for column in columns]
+        _step(rule, ready, numbers, count)
+        for column, stepped in zip((columns[0], *columns[2:]), (ready[0], *ready[2:]), strict=True):
+            for x, y in zip(column, stepped, strict=True):
+                if x is not y:
+                    x.detach().copy_(y)
+
+
+def _step(rule: StepRule, columns: Sequence[Sequence[Tensor]], numbers: dict[str, float], count: Tensor | None) -> None:
     learning_rate = numbers["learning_rate"]
     with torch.no_grad():
         if rule is ADAM and count is not None:

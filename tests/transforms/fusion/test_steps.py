@@ -145,6 +145,23 @@ def test_backward_in_the_torch_way(name, everywhere):
     assert_close(twice(True), twice(False), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("donate", [False, True])
+def test_lazily_negated_views_are_their_values(name, donate):
+    optimizer, options = OPTIMIZERS[name]
+    optimizer = optimizer(**options)
+    views = tree.map(lambda x: torch._neg_view(x.contiguous()), start())
+    values = tree.map(lambda x: x.clone(), views)
+    assert tree.leaves(views)[0].is_neg()
+    assert not tree.leaves(values)[0].is_neg()
+    expected, _ = step(optimizer, values, optimizer.init(values), values)
+    stepped, _ = step(optimizer, tree.map(torch.clone, views), optimizer.init(views), views, donate=donate)
+    assert_close(stepped, expected)
+    grads = tree.map(lambda x: torch._neg_view(-x.contiguous()), values)
+    stepped, _ = step(optimizer, grads, optimizer.init(values), values, donate=donate)
+    assert_close(stepped, expected)
+
+
 def test_leaves_of_mixed_dtypes_go_in_groups(everywhere):
     params = [torch.randn(3).double(), torch.randn(2, 2), torch.randn(5).bfloat16(), torch.randn(1)]
     optimizer = adam(0.1)
