@@ -1,6 +1,18 @@
 """diffopt: differentiable optimization for PyTorch, as pure functions that compose with torch.func."""
 
-from diffopt import autodiff, implicit, linalg, optimizers, random, schedules, testing, transforms, tree, typing
+from diffopt import (
+    autodiff,
+    implicit,
+    linalg,
+    optimizers,
+    random,
+    schedules,
+    solvers,
+    testing,
+    transforms,
+    tree,
+    typing,
+)
 from diffopt.autodiff import (
     checkpoint,
     compile,
@@ -13,6 +25,7 @@ from diffopt.autodiff import (
 from diffopt.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
 from diffopt.linalg import linear_solve
 from diffopt.optimizers import adam, adamw, sgd
+from diffopt.solvers import minimize, root
 from diffopt.transforms import GradientTransformation, apply_updates, chain, step
 
 __version__ = "0.1.0"
@@ -33,12 +46,15 @@ __all__ = [
     "implicit",
     "linalg",
     "linear_solve",
+    "minimize",
     "optimizers",
     "random",
+    "root",
     "root_jvp",
     "root_vjp",
     "schedules",
     "sgd",
+    "solvers",
     "step",
     "testing",
     "transforms",

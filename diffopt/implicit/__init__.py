@@ -1,6 +1,32 @@
 """Implicit differentiation: derivatives of a solution by the equation it solves."""
 
+from diffopt.implicit.adjoints import Adjoint, Detached, Equation, Implicit, OneStep, Unrolled
 from diffopt.implicit.decorators import custom_fixed_point, custom_root
+from diffopt.implicit.optimality import (
+    KKT,
+    fixed_point_map,
+    kkt_map,
+    projected_map,
+    proximal_map,
+    stationarity_map,
+)
 from diffopt.implicit.root import root_jvp, root_vjp
 
-__all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
+__all__ = [
+    "KKT",
+    "Adjoint",
+    "Detached",
+    "Equation",
+    "Implicit",
+    "OneStep",
+    "Unrolled",
+    "custom_fixed_point",
+    "custom_root",
+    "fixed_point_map",
+    "kkt_map",
+    "projected_map",
+    "proximal_map",
+    "root_jvp",
+    "root_vjp",
+    "stationarity_map",
+]

@@ -1,0 +1,211 @@
+r"""Adjoints as values: how the derivative of a solution :math:`x^\star(\theta)` is taken.
+
+Let :math:`F(x, \theta) = 0` be the equation of a problem and :math:`x_{k+1} = s(x_k, \theta)` the steps that solve it.
+
+- `Implicit`: :math:`\partial x^\star = -(\partial_x F)^{-1}\,\partial_\theta F`, exact where the solution is;
+- `Unrolled`: the derivative of the steps taken, or of the last of them;
+- `OneStep`: :math:`-\eta\,\partial_\theta F`, no solve at all;
+- `Detached`: none.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.autodiff import hoist, unroll
+from diffopt.autodiff.levels import unwrap_lanes
+from diffopt.implicit.decorators import custom_root
+from diffopt.linalg import LinearSolver
+from diffopt.typing import Tree
+
+__all__ = ["Adjoint", "Detached", "Equation", "Implicit", "OneStep", "Solve", "Unrolled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """What a solution satisfies.
+
+    Args:
+        residual: `F(x, *args)`, shaped like `x`, zero at the solution.
+        symmetric: Whether its Jacobian in `x` is symmetric positive definite, as at a minimizer.
+    """
+
+    residual: Callable[..., Tree]
+    symmetric: bool = False
+
+
+class Solve(Protocol):
+    """A solver at work, as functions of `init` and the arguments that capture nothing they change."""
+
+    @property
+    def truncatable(self) -> bool:
+        """Whether the steps at a solution have a derivative that means something."""
+        ...
+
+    def __call__(self, init: Tree, *args: Tree) -> tuple[Tree, Any]:
+        """Solve: `(x, aux)`."""
+        ...
+
+    def start(self, init: Tree, *args: Tree) -> Any:
+        """The carry of the loop at the start."""
+        ...
+
+    def run(self, carry: Any, init: Tree, *args: Tree, max_steps: int | None = None) -> Any:
+        """The carry after steps taken while a lane is live."""
+        ...
+
+    def step(self, carry: Any, init: Tree, *args: Tree) -> Any:
+        """The carry after one step, whether live or not."""
+        ...
+
+    def finish(self, carry: Any, init: Tree) -> tuple[Tree, Any]:
+        """`(x, aux)` of a carry."""
+        ...
+
+
+class Adjoint(Protocol):
+    """What an adjoint is: a value with this method."""
+
+    def solve(
+        self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Literal["vmap", "sequential"]
+    ) -> tuple[Tree, Any]:
+        """`(x, aux)`, where `x` has this adjoint's derivative in `args` and captured tensors, and `aux` has none."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Implicit:
+    r"""The derivative by the implicit function theorem, whatever the solver did.
+
+    .. math:: \partial x^\star = -\,(\partial_x F)^{-1}\,\partial_\theta F
+
+    Exact to any order at a solution, in memory that does not grow with the steps; the error of an inexact solution
+    enters (see `diagnose`).
+
+    Args:
+        linear_solver: For the adjoint system; None takes `Dense` up to 256 unknowns, beyond that `CG` for minimizers of
+            smooth functions and `GMRES` for all else.
+
+    References:
+        Blondel et al. (2022), Efficient and modular implicit differentiation, eq. 2.
+    """
+
+    linear_solver: LinearSolver | None = None
+
+    def solve(self, run, equation, init, args, *, batching="vmap"):
+        """See `Adjoint`."""
+        decorate = custom_root(
+            equation.residual,
+            solve=self.linear_solver,
+            symmetric=equation.symmetric,
+            has_aux=True,
+            batching=batching,
+        )
+        return decorate(run)(init, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+    r"""The derivative of the steps themselves.
+
+    .. math:: \partial x_{k+1} = \partial_x s\,\partial x_k + \partial_\theta s
+
+    Args:
+        checkpoint: None stores every step; "sqrt", "log" or an int store fewer carries and compute steps again, as in
+            `unroll`. The solve then runs twice: first to count its steps.
+        truncate: k solves without derivative, then takes k more steps and differentiates those alone. Solvers that
+            learn the curvature from their steps refuse: at a solution those steps are rounding errors.
+
+    References:
+        Domke (2012), Generic methods for optimization-based modeling. Shaban et al. (2019), Truncated back-propagation
+        for bilevel optimization, eq. 8.
+    """
+
+    checkpoint: Literal["sqrt", "log"] | int | None = None
+    truncate: int | None = None
+
+    def __post_init__(self):
+        if self.truncate is not None and not (isinstance(self.truncate, int) and self.truncate >= 1):
+            raise ValueError(f"truncate must be None or a positive int; got {self.truncate!r}")
+
+    def solve(self, run, equation, init, args, *, batching="vmap"):
+        """See `Adjoint`."""
+        if batching == "sequential":
+            raise ValueError("this solver's steps are not torch operations and cannot be unrolled: use Implicit()")
+        if self.truncate is not None and not run.truncatable:
+            raise ValueError(
+                "this solver learns the curvature from its steps, which at a solution are rounding errors, so the last "
+                "steps alone have no meaningful derivative: use Implicit(), or Unrolled() without truncate"
+            )
+        carry = run.start(init, *args)
+        if self.checkpoint is None and self.truncate is None:
+            return _without_aux_gradient(run.finish(run.run(carry, init, *args), init))
+        frozen_run, frozen_init, frozen_args = _frozen(run, init, args)
+        end = frozen_run.run(frozen_run.start(frozen_init, *frozen_args), frozen_init, *frozen_args)
+        if self.truncate is not None:
+            carry, length = end, self.truncate
+            step = lambda carry, _: (run.step(carry, init, *args), None)  # noqa: E731
+        else:
+            length = int(unwrap_lanes(end.steps).max()) if end.steps.numel() else 0
+            step = lambda carry, _: (run.run(carry, init, *args, max_steps=1), None)  # noqa: E731
+        carry, _ = unroll(step, carry, length=length, checkpoint=self.checkpoint)
+        return _without_aux_gradient(run.finish(carry, init))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep:
+    r"""The derivative of one step of the equation's own iteration, at the solution.
+
+    .. math:: x^\star - \eta\,F(x^\star, \theta), \qquad \partial x^\star \approx -\,\eta\,\partial_\theta F
+
+    Of a fixed point, and with :math:`\eta = 1`, that is the derivative of :math:`T(x^\star, \theta)`. No system is
+    solved; the error is proportional to the rate :math:`\rho` at which that iteration contracts.
+
+    Args:
+        step_size: :math:`\eta`; for a minimizer about the inverse of the curvature.
+
+    References:
+        Bolte, Pauwels and Vaiter (2023), One-step differentiation of iterative algorithms, eq. 4.
+    """
+
+    step_size: float | Tensor = 1.0
+
+    def solve(self, run, equation, init, args, *, batching="vmap"):
+        """See `Adjoint`."""
+        x, aux = Detached().solve(run, equation, init, args, batching=batching)
+        residual = equation.residual(x, *args)
+        return tree.map(lambda x, r: x - self.step_size * r, x, residual), aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Detached:
+    """No derivative: the solution is a constant."""
+
+    def solve(self, run, equation, init, args, *, batching="vmap"):
+        """See `Adjoint`."""
+        run, init, args = _frozen(run, init, args)
+        decorate = custom_root(_no_equation, has_aux=True, batching=batching)
+        x, aux = decorate(run)(init, *args)
+        return tree.map(torch.detach, x), aux
+
+
+def _no_equation(x: Tree, *args: Any, **kwargs: Any) -> Tree:
+    return x
+
+
+def _frozen(run: Any, init: Tree, args: tuple) -> tuple[Any, Tree, tuple]:
+    """The same solve, with every tensor that it depends on detached."""
+    rebuild, captured, _ = hoist(run)
+    tensors, merge = tree.partition((init, args))
+    init, args = merge([t.detach() for t in tensors])
+    return rebuild(*(t.detach() for t in captured)), init, args
+
+
+def _without_aux_gradient(found: tuple[Tree, Any]) -> tuple[Tree, Any]:
+    x, aux = found
+    tensors, merge = tree.partition(aux)
+    return x, merge([t.detach() for t in tensors])

@@ -1,0 +1,170 @@
+r"""`minimize`: minimize a function, with constraints or a non-smooth part, and differentiate the minimizer.
+
+.. math:: x^\star(\theta) \in \arg\min_x f(x, \theta)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.implicit.optimality import KKT
+from diffopt.solvers.iterate import Norm, Solver, options
+from diffopt.solvers.lbfgs import LBFGS
+from diffopt.solvers.objective import Objective, Structure
+from diffopt.solvers.proximal_gradient import ProximalGradient
+from diffopt.solvers.solution import Solution
+from diffopt.solvers.verb import solve
+from diffopt.typing import Tree
+
+__all__ = ["minimize"]
+
+
+def minimize(
+    fn: Callable[..., Tensor],
+    init: Tree,
+    args: tuple = (),
+    *,
+    solver: Solver | None = None,
+    bounds: tuple[Tree, Tree] | None = None,
+    prox: Callable[[Tree, Any], Tree] | None = None,
+    projection: Callable[[Tree], Tree] | None = None,
+    equality: Callable[..., Tree] | None = None,
+    inequality: Callable[..., Tree] | None = None,
+    adjoint: Adjoint | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    norm: Norm = "max",
+    max_steps: int = 1000,
+    throw: bool | None = None,
+    callback: Callable[[Any], None] | None = None,
+    history: bool = False,
+) -> Solution:
+    r"""Minimize :math:`f(x, \theta)` in `x`, smooth, with at most one further structure.
+
+    .. math:: \min_x f(x), \quad \min_x f(x) + g(x), \quad \min_{x \in C} f(x), \quad \min_{l \le x \le u} f(x),
+              \quad \min_{h(x) = 0,\, c(x) \le 0} f(x)
+
+    Composes with every transform. Under `vmap` each lane stops on its own. It ends where the residual, which is the
+    gradient for a smooth problem, the step of a projected or proximal gradient step of size 1, or the conditions of
+    Karush, Kuhn and Tucker, is at most `atol + rtol` times that at the start.
+
+    Args:
+        fn: `f(x, *args)`, a scalar, differentiable.
+        init: Where to start, a tree of floating-point tensors of one dtype; it carries no gradient.
+        args: Further arguments, trees; these, and what the functions capture, are differentiated.
+        solver: By default `LBFGS()`; with bounds `LBFGSB()`; with `prox` or `projection` `ProximalGradient()`; with
+            constraints `AugmentedLagrangian()`.
+        bounds: `(lower, upper)`, each a tree like `init`, a tensor, a number, or None.
+        prox: `(x, scaling) -> argmin_y |x - y|^2 / 2 + scaling g(y)`, such as `lambda x, s: prox_lasso(x, l1, s)`.
+        projection: `x -> ` the nearest point of a convex set, such as `projection_simplex`.
+        equality: `h(x, *args)`, a tree that is to vanish.
+        inequality: `c(x, *args)`, a tree that is to be at most 0.
+        adjoint: How the solution is differentiated; `Implicit()` by default.
+        rtol: Relative tolerance; None is :math:`\varepsilon^{2/3}` of the dtype.
+        atol: Absolute tolerance; None is :math:`\varepsilon^{1/2}`.
+        norm: "max", "rms", "l2", or a function of the residual.
+        max_steps: The most steps.
+        throw: Whether to raise where a lane fails; by default in eager code. Without, the best iterate is returned.
+        callback: Called with the solver's state after every step.
+        history: Whether to record the norm of every step, in `stats.history`.
+
+    Returns:
+        The solution; with constraints, `dual` is the pair of trees of multipliers, differentiable too.
+
+    Raises:
+        SolverError: If a lane did not converge, and `throw` is not False.
+        ValueError: If `fn` is not scalar, structures are combined, or the solver is not for this structure.
+
+    Example:
+        >>> import torch
+        >>> loss = lambda x, a: ((x - a) ** 2).sum() + (x**4).sum()
+        >>> solution = minimize(loss, torch.zeros(2), (torch.tensor([1.0, 3.0]),))
+        >>> solution.value
+        tensor([0.5898, 1.0000])
+    """
+    settings = options(rtol, atol, norm, max_steps, callback, history)
+    constrained = equality is not None or inequality is not None
+    given = {"bounds": bounds, "prox": prox, "projection": projection, "equality or inequality": constrained or None}
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) > 1:
+        raise ValueError(f"minimize takes one structure; got {' and '.join(found)}. Write one as a constraint")
+    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
+        raise ValueError(f"bounds must be a pair (lower, upper), each possibly None; got {bounds!r}")
+    if projection is not None:
+        prox = lambda x, scaling: projection(x)  # noqa: E731
+    start = _with_multipliers(init, args, equality, inequality) if constrained else init
+    problem = functools.partial(_objective, fn, prox, bounds, equality, inequality, tree.map(torch.detach, init))
+
+    def optimality(y: Tree, *args: Tree) -> Tree:
+        vector, unravel = tree.ravel(y)
+        return unravel(problem(unravel, args).optimality(vector))
+
+    structure = "constraints" if constrained else "bounds" if bounds is not None else "prox" if prox else None
+    solver = _default(structure) if solver is None else solver
+    if structure is not None and structure not in getattr(solver, "handles", ()):
+        raise ValueError(f"{type(solver).__name__} cannot handle {found[0]}; {_ADVICE[structure]}")
+    solution = solve(
+        "minimize", solver, problem, Equation(optimality, symmetric=structure is None), start, args,
+        adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,
+    )  # fmt: skip
+    if not constrained:
+        return solution
+    point = solution.value
+    return solution._replace(value=point.primal, dual=(point.equality, point.inequality))
+
+
+_ADVICE = {
+    "bounds": "use LBFGSB() or ProximalGradient()",
+    "prox": "use ProximalGradient()",
+    "constraints": "use AugmentedLagrangian()",
+}
+
+
+def _default(structure: Structure | None) -> Any:
+    if structure is None:
+        return LBFGS()
+    return ProximalGradient()
+
+
+def _with_multipliers(init: Tree, args: tuple, equality, inequality) -> KKT:
+    """The start with a multiplier of 0 for each constraint."""
+    values = [() if c is None else tree.zeros_like(c(init, *args)) for c in (equality, inequality)]
+    tensors, merge = tree.partition(values)
+    return KKT(init, *merge([v.detach() for v in tensors]))
+
+
+def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Callable, args: tuple) -> Objective:
+    """The problem on flat vectors; `unravel` gives the tree of the unknowns, or a `KKT` point."""
+    example, unravel = tree.ravel(init)
+
+    def value(x):
+        out = fn(unravel(x), *args)
+        if not isinstance(out, Tensor) or out.ndim != 0:
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"minimize needs a function of a scalar value, a 0-d tensor; got {found}. Sum it first")
+        return out
+
+    def on_vectors(x, scaling):
+        return tree.ravel(prox(unravel(x), scaling))[0]
+
+    if equality is None and inequality is None:
+        lower, upper = (_bound(b, init, example) for b in bounds) if bounds else (None, None)
+        return Objective(value, prox and on_vectors, lower, upper)
+    h, c = (None if g is None else lambda x, g=g: tree.ravel(g(unravel(x), *args))[0] for g in (equality, inequality))
+    sizes = (example.numel(), *(0 if g is None else g(example.detach()).numel() for g in (h, c)))
+    return Objective(value, equality=h, inequality=c, sizes=sizes)
+
+
+def _bound(bound: Tree, init: Tree, example: Tensor) -> Tensor | None:
+    """A bound as a vector; a number or a tensor holds for every leaf."""
+    if bound is None:
+        return None
+    if isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and not isinstance(init, Tensor)):
+        bound = tree.map(lambda x: torch.as_tensor(bound), init)
+    expanded = tree.map(lambda x, b: torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(x.shape), init, bound)
+    return tree.ravel(expanded)[0]

@@ -1,0 +1,57 @@
+"""What all verbs do: check the arguments, run a solver under an adjoint, and report."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffopt import tree
+from diffopt.implicit.adjoints import Adjoint, Equation
+from diffopt.linalg.operators import Space
+from diffopt.solvers.iterate import Iteration
+from diffopt.solvers.solution import Solution, check_result
+from diffopt.typing import Tree
+
+__all__ = ["solve"]
+
+
+def solve(
+    name: str,
+    solver: Any,
+    problem: Callable[..., Any],
+    equation: Equation,
+    init: Tree,
+    args: tuple,
+    *,
+    adjoint: Adjoint,
+    settings: dict[str, Any],
+    throw: bool | None,
+) -> Solution:
+    """Run a solver on a problem, and give the solution the derivative of an adjoint.
+
+    Args:
+        name: The verb's name, for messages.
+        solver: The solver.
+        problem: `(unravel, args) -> fn`, the problem on flat vectors.
+        equation: What the solution satisfies.
+        init: Where to start.
+        args: The arguments of the problem.
+        adjoint: The adjoint.
+        settings: As `options` returns them.
+        throw: Whether to raise where a lane fails.
+
+    Returns:
+        The solution.
+    """
+    if not isinstance(args, tuple):
+        raise TypeError(f"{name} takes args as a tuple; got {type(args).__name__}. Write args=(value,)")
+    for method in ("init", "step"):
+        if not callable(getattr(solver, method, None)) or isinstance(solver, type):
+            raise TypeError(f"{name} needs a solver with init and step, such as Newton(); got {solver!r}")
+    if not callable(getattr(adjoint, "solve", None)) or isinstance(adjoint, type):
+        raise TypeError(f"{name} needs an adjoint, such as Implicit(); got {adjoint!r}")
+    tree.check_tensors(init, name="init")
+    Space.like(init)
+    run = Iteration(solver, problem, settings)
+    batching = getattr(solver, "batching", "vmap")
+    value, (result, stats, state) = adjoint.solve(run, equation, init, args, batching=batching)
+    check_result(result, name, throw)
+    return Solution(value, result, stats, state)
