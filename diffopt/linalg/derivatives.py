@@ -66,7 +66,7 @@ def flat_jacobian(
 
     def bind(*flat):
         _, pull, push = linearize(lambda v: fn(v, *flat[1:]), flat[0])
-        return bound_of(lambda v: push(v)[0], lambda u: pull(u)[0], codomain)
+        return bound_of(lambda v: push(v)[0], lambda u: pull(u)[0], domain, codomain)
 
     return LinearOperator(bind, parameters, domain, codomain, tags)
 
@@ -154,7 +154,7 @@ def gauss_newton_operator(
         def product(v):
             return pull(curve(push(v)[0])[0])[0]
 
-        return bound_of(product, product, domain)
+        return bound_of(product, product, domain, domain)
 
     parameters = (x_vector, *leaves, *captured)
     if not complete and derivative_wanted():

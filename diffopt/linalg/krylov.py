@@ -1,28 +1,33 @@
-r"""Krylov methods for :math:`A x = b`, known by products alone: `CG`, `NormalCG` and `GMRES`.
+r"""Krylov methods of short recurrences for :math:`A x = b`, known by products alone: `CG`, `NormalCG`, `BiCGStab`.
 
-A linear solver is a value: a frozen dataclass whose `solve(bound, b, x, tags)` returns the solution and whether it
-converged, on flat vectors, under any `vmap`, each lane stopping on its own.
+Each keeps a few vectors, whatever the number of steps.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt.autodiff import any_lane, while_loop
+from diffopt.autodiff import while_loop
 from diffopt.linalg.operators import Bound, LinearOperator, Tag
+from diffopt.linalg.preconditioners import Preconditioner, flattened, product_of, transposed_of
+from diffopt.linalg.protocol import Status
+from diffopt.linalg.stopping import (
+    CAUSES,
+    check_options,
+    counter,
+    dot,
+    most_steps,
+    nonzero,
+    norm,
+    residual_of,
+    scaled,
+    solved,
+)
 
-__all__ = ["CG", "GMRES", "NormalCG"]
-
-
-class _State(NamedTuple):
-    x: Tensor
-    r: Tensor
-    p: Tensor
-    rz: Tensor
-    sound: Tensor
+__all__ = ["CG", "BiCGStab", "NormalCG"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +59,34 @@ class CG:
     atol: float = 0.0
     max_steps: int | None = None
     damping: float | Tensor = 0.0
-    preconditioner: LinearOperator | Callable | None = None
+    preconditioner: Preconditioner | None = None
+
+    causes: ClassVar[str] = CAUSES
 
     def __post_init__(self):
-        _check_options(self)
+        check_options(self)
 
-    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
-        """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        b, x, limit, scale = _scaled(self, b, x)
-        precondition = _precondition(self)
-        r = b if x is None else b - bound.matvec(x)
-        z = precondition(r)
-        state = _State(
-            torch.zeros_like(b) if x is None else x, r, z, _dot(r, z), torch.ones_like(limit, dtype=torch.bool)
-        )
+    def prepare(self, operator: LinearOperator) -> tuple[LinearOperator, "CG"]:
+        """Refuse an operator that is not tagged symmetric, and add the damping to it."""
+        if not operator.symmetric:
+            raise ValueError(
+                "CG needs a symmetric positive definite operator: tag it, as in matrix_operator(A, "
+                'tags=["positive_definite"]), or use GMRES or NormalCG'
+            )
+        solver = flattened(self, operator)
+        if not isinstance(self.damping, Tensor) and self.damping == 0:
+            return operator, solver
+        return operator.shifted(self.damping), dataclasses.replace(solver, damping=0.0)
 
-        def live(state):
-            return (_norm(state.r) > limit) & state.sound
+    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
+        """The solution of `bound x = b` from the initial guess `x`, and how the solve ended."""
+        precondition = product_of(self)
 
-        def body(state):
-            Ap = bound.matvec(state.p)
-            curvature = _dot(state.p, Ap)
-            sound = curvature > 0
-            alpha = state.rz / torch.where(sound, curvature, 1.0)
-            x = torch.where(sound, state.x + alpha * state.p, state.x)
-            r = torch.where(sound, state.r - alpha * Ap, state.r)
+        def lift(r):
             z = precondition(r)
-            rz = _dot(r, z)
-            p = z + rz / torch.where(state.rz > 0, state.rz, 1.0) * state.p
-            return _State(x, r, p, rz, sound)
+            return z, dot(r, z)
 
-        state = while_loop(live, body, state, max_steps=_max_steps(self, b))
-        return scale * state.x, _solved(bound, b, state.x, limit)
+        return _conjugate_gradients(self, bound, b, x, lift, dot)
 
     def transposed(self) -> "CG":
         """The solver for the transposed system: itself."""
@@ -119,172 +120,157 @@ class NormalCG:
     atol: float = 0.0
     max_steps: int | None = None
 
+    causes: ClassVar[str] = CAUSES
+
     def __post_init__(self):
-        _check_options(self)
+        check_options(self)
 
-    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
-        """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        b, x, limit, scale = _scaled(self, b, x)
-        r = b if x is None else b - bound.matvec(x)
-        s = bound.rmatvec(r)
-        state = _State(
-            torch.zeros_like(s) if x is None else x, r, s, _dot(s, s), torch.ones_like(limit, dtype=torch.bool)
-        )
+    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
+        """The solution of `bound x = b` from the initial guess `x`, and how the solve ended."""
 
-        def live(state):
-            return (_norm(state.r) > limit) & state.sound
-
-        def body(state):
-            q = bound.matvec(state.p)
-            qq = _dot(q, q)
-            sound = qq > 0
-            alpha = state.rz / torch.where(sound, qq, 1.0)
-            r = state.r - alpha * q
+        def lift(r):
             s = bound.rmatvec(r)
-            ss = _dot(s, s)
-            p = s + ss / torch.where(state.rz > 0, state.rz, 1.0) * state.p
-            return _State(state.x + alpha * state.p, r, p, ss, sound)
+            return s, dot(s, s)
 
-        state = while_loop(live, body, state, max_steps=_max_steps(self, b))
-        return scale * state.x, _solved(bound, b, state.x, limit)
+        return _conjugate_gradients(self, bound, b, x, lift, lambda p, q: dot(q, q))
 
     def transposed(self) -> "NormalCG":
         """The solver for the transposed system: itself."""
         return self
 
 
-@dataclasses.dataclass(frozen=True)
-class GMRES:
-    r"""Generalized minimal residuals, restarted, for operators without structure.
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rz: Tensor
+    sound: Tensor
+    steps: Tensor
 
-    .. math:: x_k = x_0 + \arg\min_{v \in K_k(A, r_0)} \|r_0 - A v\|
+
+def _conjugate_gradients(
+    solver: CG | NormalCG,
+    bound: Bound,
+    b: Tensor,
+    x: Tensor | None,
+    lift: Callable[[Tensor], tuple[Tensor, Tensor]],
+    curvature: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Status]:
+    """The common loop; `lift` takes a residual to its direction and squared length, `curvature` is that of a step."""
+    b, x, limit, scale = scaled(solver, b, x)
+    r = residual_of(bound, b, x)
+    z, rz = lift(r)
+    x = torch.zeros_like(z) if x is None else x
+    state = _State(x, r, z, rz, torch.ones_like(limit, dtype=torch.bool), counter(b))
+
+    def live(state):
+        return (norm(state.r) > limit) & state.sound
+
+    def body(state):
+        q = bound.matvec(state.p)
+        bend = curvature(state.p, q)
+        sound = bend > 0
+        alpha = state.rz / torch.where(sound, bend, 1.0)
+        x = torch.where(sound, state.x + alpha * state.p, state.x)
+        r = torch.where(sound, state.r - alpha * q, state.r)
+        z, rz = lift(r)
+        p = z + rz / torch.where(state.rz > 0, state.rz, 1.0) * state.p
+        return _State(x, r, p, rz, sound, state.steps + 1)
+
+    state = while_loop(live, body, state, max_steps=most_steps(solver, b.numel()))
+    return scale * state.x, Status(solved(bound, b, state.x, limit), state.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class BiCGStab:
+    r"""Stabilized biconjugate gradients, for operators without structure, in the memory of eight vectors.
+
+    .. math:: s = r - \alpha A M p, \quad \omega = \frac{t^\top s}{t^\top t}, \quad t = A M s, \quad
+              x \leftarrow x + \alpha M p + \omega M s
+
+    Two products a step, none transposed. It may break down, which is found and is a failure: `GMRES` does not.
 
     Args:
         rtol: stop at :math:`\|r\| \le \text{rtol}\,\|b\|`; None is :math:`\varepsilon^{2/3}` of the dtype.
         atol: stop at :math:`\|r\| \le \text{atol}`, too.
-        restart: the size of the basis, which is also its memory in vectors.
-        max_restarts: the most times the basis is built; None is `max(10, 10 n / restart)`.
+        max_steps: the most steps; None is `max(50, 10 n)`.
         preconditioner: an approximation of :math:`A^{-1}` applied from the right, as an operator or a function of the
             vector (a tree like `b`). It carries no gradient.
 
     Example:
-        >>> from diffopt.linalg import linear_solve, matrix_operator
-        >>> linear_solve(matrix_operator(torch.tensor([[0.0, 2.0], [-1.0, 0.0]])), torch.ones(2), GMRES())
-        tensor([-1.0000,  0.5000])
+        >>> from diffopt.linalg import linear_solve
+        >>> linear_solve(torch.tensor([[2.0, 1.0], [-1.0, 2.0]]), torch.tensor([3.0, 1.0]), BiCGStab())
+        tensor([1.0000, 1.0000])
 
     References:
-        Saad and Schultz (1986), GMRES, algorithm 4.
+        van der Vorst (1992), Bi-CGSTAB, section 3.
     """
 
     rtol: float | None = None
     atol: float = 0.0
-    restart: int = 32
-    max_restarts: int | None = None
-    preconditioner: LinearOperator | Callable | None = None
+    max_steps: int | None = None
+    preconditioner: Preconditioner | None = None
+
+    causes: ClassVar[str] = f"the method broke down (GMRES does not); {CAUSES}"
 
     def __post_init__(self):
-        _check_options(self)
+        check_options(self)
 
-    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
-        """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        b, x, limit, scale = _scaled(self, b, x)
-        size = min(self.restart, b.numel())
-        restarts = max(10, 10 * b.numel() // self.restart) if self.max_restarts is None else self.max_restarts
-        precondition = _precondition(self)
+    def prepare(self, operator: LinearOperator) -> tuple[LinearOperator, "BiCGStab"]:
+        """Take the preconditioner as a function of flat vectors."""
+        return operator, flattened(self, operator)
 
-        def live(carry):
-            return _norm(carry[1]) > limit
+    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
+        """The solution of `bound x = b` from the initial guess `x`, and how the solve ended."""
+        b, x, limit, scale = scaled(self, b, x)
+        precondition = product_of(self)
+        r = residual_of(bound, b, x)
+        x = torch.zeros_like(b) if x is None else x
+        state = _BiState(x, r, r, r, dot(r, r), torch.ones_like(limit, dtype=torch.bool), counter(b))
 
-        def cycle(carry):
-            x, r = carry
-            step = precondition(_arnoldi_step(lambda v: bound.matvec(precondition(v)), r, size, limit))
-            x = x + step
-            return x, b - bound.matvec(x)
+        def live(state):
+            return (norm(state.r) > limit) & state.sound
 
-        start = (torch.zeros_like(b), b) if x is None else (x, b - bound.matvec(x))
-        solution, r = while_loop(live, cycle, start, max_steps=restarts)
-        return scale * solution, _norm(r) <= limit
+        def body(state):
+            return _bicgstab_step(lambda v: bound.matvec(precondition(v)), precondition, state, limit)
 
-    def transposed(self) -> "GMRES":
+        state = while_loop(live, body, state, max_steps=most_steps(self, b.numel()))
+        return scale * state.x, Status(solved(bound, b, state.x, limit), state.steps)
+
+    def transposed(self) -> "BiCGStab":
         """The solver for the transposed system, with the preconditioner transposed where it can be."""
-        transpose = getattr(self.preconditioner, "transpose", lambda: None)
-        return dataclasses.replace(self, preconditioner=transpose())
+        return transposed_of(self)
 
 
-def _precondition(solver) -> Callable[[Tensor], Tensor]:
-    return (lambda r: r) if solver.preconditioner is None else solver.preconditioner
+class _BiState(NamedTuple):
+    x: Tensor
+    r: Tensor
+    shadow: Tensor
+    p: Tensor
+    rho: Tensor
+    sound: Tensor
+    steps: Tensor
 
 
-def _arnoldi_step(product, r: Tensor, size: int, limit: Tensor) -> Tensor:
-    """The minimizer of the residual over one Krylov basis of at most `size` vectors."""
-    beta = _norm(r)
-    basis = [r / _nonzero(beta)]
-    columns = []
-    # q spans the left null space of the Hessenberg matrix: the residual is beta |q_0| / |q|
-    q = [torch.ones_like(beta)]
-    tiny = torch.finfo(r.dtype).eps
-    for k in range(size):
-        w = product(basis[k])
-        scale = _norm(w)
-        V = torch.stack(basis)
-        h = V @ w
-        w = w - h @ V
-        again = V @ w  # a second pass keeps the basis orthogonal to working precision
-        w, h = w - again @ V, h + again
-        height = _norm(w)
-        height = torch.where(height > tiny * scale, height, torch.zeros_like(height))
-        columns.append(torch.cat([h, height[None]]))
-        basis.append(torch.where(height > 0, w / _nonzero(height), torch.zeros_like(w)))
-        q.append(-(torch.stack(q) * h).sum() / _nonzero(height))
-        residual = beta / _norm(torch.stack(q))
-        if not any_lane((residual > limit) & (height > 0)):
-            break
-    rows = len(columns) + 1
-    H = torch.stack([torch.cat([c, c.new_zeros(rows - c.numel())]) for c in columns], dim=1)
-    y = torch.linalg.pinv(H.nan_to_num())[:, 0] * beta  # a lane of NaN must not stop the others
-    return y @ torch.stack(basis[: len(columns)])
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)
-
-
-def _solved(bound: Bound, b: Tensor, x: Tensor, limit: Tensor) -> Tensor:
-    """Whether the true residual is small; the recursive one may have drifted below it, by rounding a little."""
-    return _norm(b - bound.matvec(x)) <= 10 * limit
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
-
-
-def _norm(a: Tensor) -> Tensor:
-    return (a * a).sum().sqrt()
-
-
-def _scaled(solver, b: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The system with a right side of magnitude 1, so that no square over- or underflows: `(b, x, limit, scale)`."""
-    scale = b.abs().amax()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    b = b / scale
-    rtol = torch.finfo(b.dtype).eps ** (2 / 3) if solver.rtol is None else solver.rtol
-    limit = torch.maximum(rtol * _norm(b), solver.atol / scale).clamp(min=torch.finfo(b.dtype).tiny)
-    return b, None if x is None else x / scale, limit, scale
-
-
-def _max_steps(solver, b: Tensor) -> int:
-    return max(50, 10 * b.numel()) if solver.max_steps is None else solver.max_steps
-
-
-def _check_options(solver) -> None:
-    for name in ("rtol", "atol"):
-        value = getattr(solver, name)
-        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
-            raise ValueError(f"{name} must be a non-negative number; got {value!r}")
-    damping = getattr(solver, "damping", 0.0)
-    if not isinstance(damping, (int, float, Tensor)):
-        raise TypeError(f"damping must be a number or a 0-d tensor; got {type(damping).__name__}")
-    for name in ("max_steps", "restart", "max_restarts"):
-        value = getattr(solver, name, None)
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name} must be a positive int; got {value!r}")
+def _bicgstab_step(product, precondition, state: _BiState, limit: Tensor) -> _BiState:
+    """One step; a breakdown by rounding starts over from the present residual, one by zero is not sound."""
+    tiny = torch.finfo(limit.dtype).eps
+    v = product(state.p)
+    slope = dot(state.shadow, v)
+    alpha = state.rho / nonzero(slope)
+    s = state.r - alpha * v
+    t = product(s)
+    tt = dot(t, t)
+    omega = torch.where(norm(s) > limit, dot(t, s) / nonzero(tt), torch.zeros_like(tt))
+    x = state.x + precondition(alpha * state.p + omega * s)
+    r = s - omega * t
+    rho = dot(state.shadow, r)
+    beta = rho / nonzero(state.rho) * alpha / nonzero(omega)
+    lost = (rho.abs() <= tiny * norm(state.shadow) * norm(r)) | (omega == 0)
+    shadow = torch.where(lost, r, state.shadow)
+    p = torch.where(lost, r, r + beta * (state.p - omega * v))
+    # a sound step divides by no zero and stays finite; where it is not sound, the present iterate is kept
+    sound = (slope.abs() > tiny * norm(state.shadow) * norm(v)) & norm(r).isfinite()
+    kept = _BiState(x, r, shadow, p, torch.where(lost, dot(r, r), rho), sound, state.steps)
+    kept = _BiState(*(torch.where(sound, new, old) for new, old in zip(kept, state, strict=True)))
+    return kept._replace(sound=sound, steps=state.steps + 1)

@@ -20,7 +20,9 @@ from diffopt.typing import Tree
 
 __all__ = ["Bound", "LinearOperator", "Tag", "function_operator", "matrix_operator"]
 
-Tag: TypeAlias = Literal["symmetric", "positive_definite", "diagonal", "lower_triangular", "upper_triangular"]
+Tag: TypeAlias = Literal[
+    "symmetric", "positive_definite", "diagonal", "tridiagonal", "lower_triangular", "upper_triangular"
+]
 Product: TypeAlias = Callable[[Tensor], Tensor]
 
 _TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
@@ -28,11 +30,12 @@ FEW = 8  # rows that cost less one by one than through vmap
 
 
 class Bound(NamedTuple):
-    """An operator at given parameters, on flat vectors: its two products and its dense matrix."""
+    """An operator at given parameters, on flat vectors: its two products, its dense matrix, and whether it holds it."""
 
     matvec: Product
     rmatvec: Product
     dense: Callable[[], Tensor]
+    held: bool = False
 
 
 class Space(NamedTuple):
@@ -48,12 +51,16 @@ class Space(NamedTuple):
         vector, _ = tree.ravel(value)
         if vector.numel() != self.size:
             raise ValueError(f"{name} must have {self.size} elements; got {vector.numel()}. Use vmap for several")
-        if vector.dtype != self.dtype or vector.device != self.device:
-            raise TypeError(
-                f"{name} must be {self.dtype} on {self.device}, like the operator; got {vector.dtype}, {vector.device}"
-            )
+        self.check_kind(vector, name)
         tree.check_like(value, self.unravel(vector), name=name, reference_name="the operator's space")
         return vector
+
+    def check_kind(self, tensor: Tensor, name: str) -> None:
+        """Raise unless a tensor has the dtype and device of this space."""
+        if tensor.dtype != self.dtype or tensor.device != self.device:
+            raise TypeError(
+                f"{name} must be {self.dtype} on {self.device}, like the operator; got {tensor.dtype}, {tensor.device}"
+            )
 
     @staticmethod
     def like(example: Tree) -> "Space":
@@ -121,7 +128,7 @@ class LinearOperator:
 
         def bind(*parameters):
             bound = self.bind(*parameters)
-            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT)
+            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT, bound.held)
 
         tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
         return dataclasses.replace(self, bind=bind, domain=self.codomain, codomain=self.domain, tags=tags)
@@ -144,6 +151,7 @@ class LinearOperator:
                 lambda v: bound.matvec(v) + shift * v,
                 lambda u: bound.rmatvec(u) + shift * u,
                 lambda: bound.dense() + shift * torch.eye(size, dtype=dtype, device=device),
+                bound.held,
             )
 
         return dataclasses.replace(self, bind=bind, parameters=(*self.parameters, shift))
@@ -187,7 +195,7 @@ def matrix_operator(
 
 
 def _bind_matrix(A: Tensor) -> Bound:
-    return Bound(lambda v: A @ v, lambda u: A.mT @ u, lambda: A)
+    return Bound(lambda v: A @ v, lambda u: A.mT @ u, lambda: A, held=True)
 
 
 def function_operator(
@@ -234,21 +242,26 @@ def function_operator(
         def product(v):
             return tree.ravel(closed(given, domain.unravel(v)))[0]
 
-        return bound_of(product, lambda u: vjp(product, domain.zeros())[1](u)[0], codomain)
+        return bound_of(product, lambda u: vjp(product, domain.zeros())[1](u)[0], domain, codomain)
 
     if not complete and derivative_wanted():
         check_closed(lambda *flat: bind(*flat).matvec(domain.zeros()), (*leaves, *captured), name="fn")
     return LinearOperator(bind, (*leaves, *captured), domain, codomain, checked_tags(tags, codomain.size, domain.size))
 
 
-def bound_of(matvec: Product, rmatvec: Product, codomain: Space) -> Bound:
+def bound_of(matvec: Product, rmatvec: Product, domain: Space, codomain: Space) -> Bound:
+    """An operator known by its products; its matrix is made of rows, or of columns where they are fewer."""
+    few, product = (domain, matvec) if domain.size < codomain.size else (codomain, rmatvec)
+
     def dense():
-        if codomain.size == 0:
+        if few.size == 0:
             raise ValueError("an operator on zero elements has no matrix")
-        rows = torch.eye(codomain.size, dtype=codomain.dtype, device=codomain.device)
-        if codomain.size <= FEW and not transforms_active():
-            return torch.stack([rmatvec(row) for row in rows])
-        return torch.func.vmap(rmatvec)(rows)
+        units = torch.eye(few.size, dtype=few.dtype, device=few.device)
+        if few.size <= FEW and not transforms_active():
+            found = torch.stack([product(unit) for unit in units])
+        else:
+            found = torch.func.vmap(product)(units)
+        return found if few is codomain else found.mT
 
     return Bound(matvec, rmatvec, dense)
 

@@ -7,23 +7,26 @@ The derivative is a rule, so no solver is differentiated through its iterations,
 solves of the same kind.
 """
 
-import dataclasses
 import warnings
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import any_lane, choose, hoist, jvp, vjp
-from diffopt.autodiff.custom_derivative import Rules, by_rule
-from diffopt.autodiff.levels import derivative_possible
+from diffopt.autodiff import any_lane
 from diffopt.linalg.dense import Dense
-from diffopt.linalg.krylov import CG, GMRES
-from diffopt.linalg.operators import Bound, LinearOperator, Tag, matrix_operator
+from diffopt.linalg.gmres import GMRES
+from diffopt.linalg.krylov import CG
+from diffopt.linalg.operators import LinearOperator, Space, matrix_operator
+from diffopt.linalg.protocol import LinearSolver, Status, nothing_to_solve, prepared
+from diffopt.linalg.rules import Again, Alarm, Moved, Pairs, Problem, Solved, solve_by_rule
+from diffopt.linalg.stopping import CAUSES as ITERATIVE_CAUSES
+from diffopt.linalg.stopping import norm
 from diffopt.typing import Tree
 
-__all__ = ["ConvergenceWarning", "LinearSolveError", "LinearSolver", "linear_solve", "solve_flat"]
+__all__ = ["ConvergenceWarning", "LinearSolveError", "LinearStats", "linear_solve", "solve_flat"]
 
 Failure: TypeAlias = Literal["raise", "warn", "ignore"]
 
@@ -38,16 +41,18 @@ class ConvergenceWarning(UserWarning):
     """A derivative rests on a linear solve that did not converge, and cannot be trusted."""
 
 
-class LinearSolver(Protocol):
-    """What a linear solver is: a value with these two methods, on flat vectors."""
+class LinearStats(NamedTuple):
+    r"""How a solve ended; carries no gradient. With several right sides, one entry for each.
 
-    def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Tensor]:
-        """The solution of `bound x = b` from the initial guess `x`, and whether it converged."""
-        ...
+    Args:
+        converged: bool, what `throw=True` would have raised on.
+        residual: the relative residual :math:`\|b - A x\| / \|b\|`.
+        steps: int, the steps of an iterative solver, 0 for a direct one.
+    """
 
-    def transposed(self) -> "LinearSolver":
-        """The solver for the transposed system."""
-        ...
+    converged: Tensor
+    residual: Tensor
+    steps: Tensor
 
 
 def linear_solve(
@@ -57,7 +62,8 @@ def linear_solve(
     *,
     init: Tree = None,
     throw: bool = True,
-) -> Tree:
+    has_aux: bool = False,
+) -> Any:
     r"""Solve a square linear system.
 
     .. math:: A_\theta\, x = b
@@ -67,19 +73,23 @@ def linear_solve(
 
     Args:
         operator: a square operator, or a matrix of shape `(n, n)`.
-        b: a tree like the operator's codomain, floating-point.
-        solver: `Dense()`, `CG(...)`, `NormalCG(...)` or `GMRES(...)`; None takes `Dense` up to 256 unknowns or for a
-            diagonal operator, beyond that `CG` if tagged positive definite, else `GMRES`.
+        b: a tree like the operator's codomain, floating-point. For a matrix, or an operator on vectors, also several
+            right sides as the columns of a tensor of shape `(n, k)`: there is one factorization, and an iterative
+            solver stops on each column on its own.
+        solver: `Dense()`, `CG(...)`, `GMRES(...)` or another solver of `diffopt.linalg`. None takes `Dense` up to 256
+            unknowns or for a diagonal or tridiagonal operator, beyond that `CG` if tagged positive definite, else
+            `GMRES`.
         init: where an iterative solver starts, a tree like `x`; carries no gradient.
         throw: whether a failed solve raises (under `vmap`: in any lane). Without, it returns what it has.
+        has_aux: whether to return `(x, LinearStats)`, at the cost of one product.
 
     Returns:
-        `x`, a tree like the operator's domain.
+        `x`, a tree like the operator's domain, or of shape `(n, k)`; with `has_aux` a pair of it and its statistics.
 
     Raises:
         LinearSolveError: if the solve failed and `throw`.
-        ValueError: if the operator is not square, a shape does not match, or `CG` meets an operator that is not tagged
-            symmetric.
+        ValueError: if the operator is not square, a shape does not match, or the solver needs a tag that the operator
+            does not have.
         TypeError: if dtypes or devices do not match.
         RuntimeError: under `torch.compile` with an iterative solver.
 
@@ -89,20 +99,27 @@ def linear_solve(
         >>> torch.func.jacrev(lambda b: linear_solve(A, b))(torch.ones(2))
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]])
+        >>> linear_solve(A, torch.eye(2))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]])
     """
     if isinstance(operator, Tensor):
         vector, _ = tree.ravel(b)
         alike = operator.dtype == vector.dtype and operator.device == vector.device
         fits = alike and operator.shape == (vector.numel(), vector.numel())  # else the operator says what is wrong
-        operator = matrix_operator(operator, domain=b, codomain=b) if fits else matrix_operator(operator)
+        whole = fits and not is_columns(b, vector.numel())
+        operator = matrix_operator(operator, domain=b, codomain=b) if whole else matrix_operator(operator)
     if not isinstance(operator, LinearOperator):
         raise TypeError(f"linear_solve takes a LinearOperator or a matrix; got {type(operator).__name__}")
     check_solver(solver, "solver")
-    vector = operator.codomain.check(b, "b")
-    start = None if init is None else operator.domain.check(init, "init")
-    return operator.domain.unravel(
-        solve_flat(operator, vector, solver, init=start, failure="raise" if throw else "ignore")
-    )
+    if operator.shape[0] != operator.shape[1]:
+        raise ValueError(f"linear_solve needs a square operator; got shape {operator.shape}. Use lstsq for others")
+    failure: Failure = "raise" if throw else "ignore"
+
+    def one(b, start=None):
+        return _solve(operator, b, solver, start, failure)
+
+    return solve_columns(one, operator, b, init, has_aux)
 
 
 def solve_flat(
@@ -116,19 +133,7 @@ def solve_flat(
     """`linear_solve` on flat vectors, with the choice of what a failure does."""
     if operator.shape[0] != operator.shape[1]:
         raise ValueError(f"linear_solve needs a square operator; got shape {operator.shape}")
-    if b.numel() == 0:
-        return b.clone()
-    solver = _automatic(operator) if solver is None else solver
-    if isinstance(solver, CG):
-        if not operator.symmetric:
-            raise ValueError(
-                "CG needs a symmetric positive definite operator: tag it, as in matrix_operator(A, "
-                'tags=["positive_definite"]), or use GMRES or NormalCG'
-            )
-        if isinstance(solver.damping, Tensor) or solver.damping != 0:
-            operator = operator.shifted(solver.damping)
-            solver = dataclasses.replace(solver, damping=0.0)
-    return _solve(operator, b, _flat_preconditioner(solver, operator), init, failure)
+    return _solve(operator, b, solver, init, failure)[0]
 
 
 def check_solver(solver: LinearSolver | None, name: str) -> None:
@@ -137,91 +142,10 @@ def check_solver(solver: LinearSolver | None, name: str) -> None:
         raise TypeError(f"{name} must be a linear solver such as Dense() or CG(rtol=1e-6), or None; got {solver!r}")
 
 
-def _automatic(operator: LinearOperator) -> LinearSolver:
-    if operator.shape[0] <= _DENSE_SIZE or "diagonal" in operator.tags:
-        return Dense()
-    return CG() if "positive_definite" in operator.tags else GMRES()
-
-
-def _flat_preconditioner(solver, operator):
-    """The solver with its preconditioner as a function of flat vectors."""
-    M = getattr(solver, "preconditioner", None)
-    if M is None or isinstance(M, _FlatProduct):
-        return solver
-    return dataclasses.replace(solver, preconditioner=_FlatProduct(M, operator.codomain.unravel))
-
-
-class _FlatProduct:
-    """A preconditioner, given as an operator or as a function of trees, as a function of flat vectors."""
-
-    def __init__(self, M, unravel):
-        self.M, self.unravel = M, unravel
-
-    def __call__(self, r: Tensor) -> Tensor:
-        product = self.M.matvec if isinstance(self.M, LinearOperator) else self.M
-        return tree.ravel(product(self.unravel(r)))[0]
-
-    def transpose(self) -> "_FlatProduct | None":
-        """The transposed one, for an operator; a function cannot be transposed."""
-        return _FlatProduct(self.M.transpose(), self.unravel) if isinstance(self.M, LinearOperator) else None
-
-
-def _solve(operator: LinearOperator, b: Tensor, solver, init: Tensor | None, failure: Failure) -> Tensor:
-    if not torch.compiler.is_compiling() and not derivative_possible((*operator.parameters, b)):
-        with torch.no_grad():
-            x, converged = solver.solve(operator.bind(*operator.parameters), b, init, operator.tags)
-            report(converged, failure, type(solver).__name__)
-        return x
-    count = len(operator.parameters)
-    rebuild, held, _ = hoist(solver)
-    extras = [t.detach() for t in ([] if init is None else [init]) + held]  # they do not move the solution
-
-    def at(inputs):
-        return dataclasses.replace(operator, parameters=inputs[:count])
-
-    def product(x):
-        return lambda *parameters: operator.bind(*parameters).matvec(x)
-
-    def closed(inputs):
-        return rebuild(*inputs[len(inputs) - len(held) :])
-
-    def primal(*inputs):
-        start = None if init is None else inputs[count + 1]
-        x, converged = closed(inputs).solve(operator.bind(*inputs[:count]), inputs[count], start, operator.tags)
-        report(converged, failure, type(solver).__name__)
-        return (x,)
-
-    def vjp_rule(inputs, outputs, cotangents, wanted):
-        b_bar = _solve(at(inputs).transpose(), cotangents[0], closed(inputs).transposed(), None, failure)
-        chosen = wanted[:count]
-        part, primals = choose(product(outputs[0]), inputs[:count], chosen)
-        found = iter(vjp(part, *primals)[1](-b_bar)) if primals else iter(())
-        return (*(next(found) if c else None for c in chosen), b_bar, *(None for _ in extras))
-
-    def jvp_rule(inputs, outputs, tangents):
-        chosen = tuple(t is not None for t in tangents[:count])
-        part, primals = choose(product(outputs[0]), inputs[:count], chosen)
-        side = tangents[count]
-        if primals:
-            side = side - jvp(part, primals, [t for t in tangents[:count] if t is not None])[1]
-        return (_solve(at(inputs), side, closed(inputs), None, failure),)
-
-    def traceable(*inputs):
-        return (solver.traceable(operator.bind(*inputs[:count]), inputs[count], operator.tags),)
-
-    solve = by_rule(Rules(primal, vjp_rule, jvp_rule, "vmap"), traceable if isinstance(solver, Dense) else None)
-    return solve(*operator.parameters, b, *extras)[0]
-
-
-def report(converged: Tensor, failure: Failure, name: str) -> None:
-    if failure == "ignore" or not any_lane(~converged):
+def report(converged: Tensor, failure: Failure, name: str, causes: str = Dense.causes) -> None:
+    """Raise or warn, as asked, where a solve did not converge in some lane."""
+    if failure == "ignore" or torch.compiler.is_compiling() or not any_lane(~converged):
         return
-    causes = (
-        "the matrix is singular, or not symmetric positive definite although it is tagged so, or holds NaN"
-        if name == "Dense"
-        else "the operator is singular, ill-conditioned or holds NaN; it is not positive definite (for CG); or "
-        "max_steps is too small or rtol too tight for its dtype"
-    )
     if failure == "warn":
         warnings.warn(
             f"the linear solve of a derivative did not converge ({name}), so that derivative cannot be trusted. "
@@ -234,3 +158,82 @@ def report(converged: Tensor, failure: Failure, name: str) -> None:
         f"{name} did not solve the linear system in every lane. Likely causes: {causes}. Pass throw=False to take the "
         f"result as it is"
     )
+
+
+def alarm_for(failure: Failure) -> Alarm:
+    """What to do with the flag of a solve."""
+    return lambda converged, solver: report(
+        converged, failure, type(solver).__name__, getattr(solver, "causes", ITERATIVE_CAUSES)
+    )
+
+
+def is_columns(b: Tree, size: int) -> bool:
+    """Whether `b` is several vectors of this size, the columns of a matrix."""
+    return isinstance(b, Tensor) and b.dim() == 2 and b.shape[0] == size
+
+
+def solve_columns(
+    one: Callable[..., tuple[Tensor, Status]], operator: LinearOperator, b: Tree, init: Tree, has_aux: bool
+) -> Any:
+    """Solve for one right side, or for each column of several, where the operator acts on vectors."""
+
+    def run(b: Tensor, *start: Tensor) -> Any:
+        x, status = one(b, *start)
+        return (x, _statistics(operator, b, x, status)) if has_aux else x
+
+    if not (is_columns(b, operator.codomain.size) and _on_vectors(operator.domain) and _on_vectors(operator.codomain)):
+        start = () if init is None else (operator.domain.check(init, "init"),)
+        found = run(operator.codomain.check(b, "b"), *start)
+        return (operator.domain.unravel(found[0]), found[1]) if has_aux else operator.domain.unravel(found)
+    operator.codomain.check_kind(b, "b")
+    shape = (operator.domain.size, b.shape[1])
+    if init is not None and (not isinstance(init, Tensor) or init.shape != shape):
+        raise ValueError(f"init must have shape {shape}, a column for each right side")
+    found = torch.func.vmap(run, in_dims=1)(b, *(() if init is None else (init,)))
+    return (found[0].mT, found[1]) if has_aux else found.mT
+
+
+def _statistics(operator: LinearOperator, b: Tensor, x: Tensor, status: Status) -> LinearStats:
+    with torch.no_grad():
+        bound = operator.bind(*(p.detach() for p in operator.parameters))
+        b, size = b.detach(), norm(b.detach())
+        residual = norm(b - bound.matvec(x.detach())) / torch.where(size > 0, size, 1.0)
+    return LinearStats(status.converged, residual, status.steps)
+
+
+def _on_vectors(space: Space) -> bool:
+    example = space.unravel(space.zeros())
+    return isinstance(example, Tensor) and example.dim() == 1
+
+
+def _automatic(operator: LinearOperator) -> LinearSolver:
+    if operator.shape[0] <= _DENSE_SIZE or operator.tags & {"diagonal", "tridiagonal"}:
+        return Dense()
+    return CG() if "positive_definite" in operator.tags else GMRES()
+
+
+def _solve(
+    operator: LinearOperator, b: Tensor, solver: LinearSolver | None, init: Tensor | None, failure: Failure
+) -> tuple[Tensor, Status]:
+    if b.numel() == 0:
+        return b.clone(), nothing_to_solve(b)
+    operator, solver = prepared(_automatic(operator) if solver is None else solver, operator)
+    return solve_by_rule(_SYSTEM, operator, b, solver, init, alarm_for(failure))
+
+
+def _adjoint(again: Again, solved: Solved, x_bar: Tensor) -> tuple[Tensor, Callable[[], Pairs]]:
+    b_bar = again(solved.operator.transpose(), x_bar, solved.solver.transposed())
+    return b_bar, lambda: [(-b_bar, solved.x)]
+
+
+def _tangent(again: Again, solved: Solved, b_dot: Tensor, moved: Moved | None) -> Tensor:
+    side = b_dot if moved is None else b_dot - moved(lambda bound: (bound.matvec(solved.x),))[0]
+    return again(solved.operator, side, solved.solver)
+
+
+_SYSTEM = Problem(
+    run=lambda solver, bound, b, x, tags: solver.solve(bound, b, x, tags),
+    adjoint=_adjoint,
+    tangent=_tangent,
+    traceable=lambda solver: getattr(solver, "traceable", None),
+)
