@@ -6,11 +6,16 @@ r"""Projections onto transportation polytopes by Kullback-Leibler divergence: wh
 import torch
 from torch import Tensor
 
+from diffopt.autodiff import while_loop
 from diffopt.convex.arguments import report, unless
-from diffopt.convex.transport import check_marginals, newton, ones_like_marginals
+from diffopt.convex.transport import check_marginals, hessian, ones_like_marginals, outer_sum
 from diffopt.implicit import custom_root
 
 __all__ = ["kl_projection_birkhoff", "kl_projection_transport"]
+
+_TOLERANCE = 1e-12  # of a marginal, relative to the largest
+# along Newton's direction, which is short where it was regularized
+_STEPS = torch.cat([torch.zeros(1), 2.0 ** torch.arange(-14, 9)]).double()
 
 
 def kl_projection_transport(
@@ -54,11 +59,12 @@ def kl_projection_transport(
     least = torch.cat([rows, columns]).detach().amin()
     unless(least > 0, "`marginals` must be positive for KL projections; leave out rows and columns whose sum is 0.")
     Z, a, b = X.double(), rows.double(), columns.double()
+    b = b * (a.sum() / b.sum()).detach()  # no plan would have both totals
     if X.shape[0] > X.shape[1]:  # the unknowns are the multipliers of the fewer
         Z, a, b = Z.mT, b, a
     fixed = [t.detach() for t in (Z, a, b)]
-    shifts, converged = _multipliers(*fixed, torch.finfo(X.dtype).eps, max_steps)
-    alpha = _solution(shifts, Z, a, b)
+    alpha, converged = _multipliers(*fixed, max_steps)
+    alpha = _solution(alpha, Z, a, b)
     plan = _plan(alpha, Z, b)
     plan = plan.mT if X.shape[0] > X.shape[1] else plan
     return report(
@@ -100,18 +106,62 @@ def kl_projection_birkhoff(X: Tensor, *, max_steps: int = 50, throw: bool = True
     return kl_projection_transport(X, ones_like_marginals(X), max_steps=max_steps, throw=throw)
 
 
-def _multipliers(X, a, b, precision, max_steps):
-    """The multipliers of the rows, of mean 0, and whether they were found."""
-    start = a.log() - X.logsumexp(1)
-    tolerance = 4 * precision * torch.maximum(a.amax(), b.amax())
-    _, shifts, converged = newton(X + start[:, None], a, b, _exponential, tolerance, max_steps)
-    alpha = start + shifts[: a.numel()]
-    return alpha - alpha.mean(), converged
+def _multipliers(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+    r"""The multipliers of the rows, of mean 0, and whether they were found.
+
+    .. math:: \max_{\alpha, \beta}\ a^\top \alpha + b^\top \beta - \sum_{ij} e^{X_{ij} + \alpha_i + \beta_j}
+
+    Each step is one round of Sinkhorn's, for all columns and then for all rows, and then one along Newton's direction
+    for both.
+    """
+    targets = torch.cat([rows, columns])
+    tolerance = _TOLERANCE * targets.amax()
+    steps = _STEPS.to(X.device)
+
+    def residual(Z):
+        P = Z.exp()
+        return targets - torch.cat([P.sum(1), P.sum(0)])
+
+    def balance(Z):
+        by_column = _balance(Z.mT, columns)
+        by_row = _balance(Z + by_column, rows)
+        return torch.cat([by_row, by_column])
+
+    def direction(Z):
+        found, H = residual(Z), hessian(Z.exp())
+        ridge = 1e-3 * torch.minimum(found.abs().amax(), H.diagonal().amax()) + 1e-14
+        factor = torch.linalg.cholesky_ex(H + ridge * torch.eye(H.shape[0], dtype=H.dtype, device=H.device))[0]
+        return torch.cholesky_solve(found[:, None], factor)[:, 0]
+
+    def best_step(Z, d):
+        """The step after which the dual is level, by interpolation between the steps where it rises and falls."""
+        P = (Z + steps[:, None, None] * outer_sum(d, Z.shape)).exp()
+        by_row, by_column = d.split([rows.numel(), columns.numel()])
+        slopes = (targets * d).sum() - P.sum(2) @ by_row - P.sum(1) @ by_column
+        last = (slopes >= 0).sum().clamp(1, steps.numel() - 1)
+        (t, u), (f, g) = ([v.gather(0, (last - k).reshape(1)).squeeze(0) for k in (1, 0)] for v in (steps, slopes))
+        inside = (f >= 0) & (g < 0) & g.isfinite()
+        return torch.where(inside, t + (u - t) * f / torch.where(inside, f - g, 1.0), torch.where(f >= 0, t, 0.0))
+
+    def body(carry):
+        Z, shifts = carry
+        found = balance(Z)
+        Z = Z + outer_sum(found, Z.shape)
+        d = direction(Z)
+        move = best_step(Z, d) * d
+        return Z + outer_sum(move, Z.shape), shifts + found + move
+
+    def live(carry):
+        return ~(residual(carry[0]).abs().amax() <= tolerance)
+
+    Z, shifts = while_loop(live, body, (X, torch.zeros_like(targets)), max_steps=max_steps)
+    alpha = shifts[: rows.numel()]
+    return alpha - alpha.mean(), ~live((Z, shifts))
 
 
-def _exponential(Z: Tensor) -> tuple[Tensor, Tensor]:
-    P = Z.exp()
-    return P, P
+def _balance(Z: Tensor, sums: Tensor) -> Tensor:
+    """The shift of each row after which its exponential has that sum: half a round of Sinkhorn's."""
+    return sums.log() - Z.logsumexp(1)
 
 
 def _plan(alpha: Tensor, X: Tensor, b: Tensor) -> Tensor:

@@ -1,21 +1,33 @@
-r"""Projections onto the transportation polytope and the Birkhoff polytope, by semismooth Newton steps on the dual.
+r"""Projections onto the transportation polytope and the Birkhoff polytope, by an interior-point method.
 
 .. math:: \min_P \tfrac12 \|P - X\|_F^2 \quad\text{s.t.}\quad P \ge 0, \quad P 1 = a, \quad P^\top 1 = b
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt.autodiff import while_loop
 from diffopt.convex.arguments import check_matrix, check_vector, report, unless
-from diffopt.convex.simplex import project_rows
 
-__all__ = ["check_marginals", "newton", "outer_sum", "projection_birkhoff", "projection_transport"]
+__all__ = [
+    "check_marginals",
+    "hessian",
+    "ones_like_marginals",
+    "outer_sum",
+    "projection_birkhoff",
+    "projection_transport",
+]
 
-# a step of the search line: from 2^-14 to 2^6 times Newton's, which is short where it was regularized
-_STEPS = 2.0 ** torch.arange(-14, 7, dtype=torch.float64)
+_TOLERANCE = 1e-11  # of a marginal and of complementarity, relative to the largest marginal
+
+
+class _State(NamedTuple):
+    """The plan and its reduced costs, whose difference is always X plus the multipliers."""
+
+    plan: Tensor
+    cost: Tensor
 
 
 def projection_transport(
@@ -26,14 +38,14 @@ def projection_transport(
     .. math:: \arg\min_{P \ge 0,\ P 1 = a,\ P^\top 1 = b} \tfrac12 \|P - X\|_F^2 = \max(X + \alpha 1^\top + 1
               \beta^\top, 0)
 
-    The support of P is found by Newton steps on the dual in float64; the derivatives are those of the closed form on
+    The support of P is found by an interior-point method in float64; the derivatives are those of the closed form on
     it, which is linear in X and in the marginals. All second derivatives are 0.
 
     Args:
         X: The matrix, shape (n, m); entries may be -inf, which excludes them.
         marginals: The sums a of the rows, shape (n,), and b of the columns, shape (m,), not negative and of the same
             total. Their derivative is that along changes that keep the totals equal.
-        max_steps: The most Newton steps; compiled, all of them are taken, and at most 64 are allowed.
+        max_steps: The most steps of the method; compiled, all of them are taken, and at most 64 are allowed.
         throw: Whether to raise where the steps did not converge. Compiled calls cannot raise: they return NaN there.
 
     Returns:
@@ -52,19 +64,20 @@ def projection_transport(
 
     References:
         Blondel, Seguy and Rolet, "Smooth and sparse optimal transport", AISTATS 2018, eq. 7.
-        Li, Sun and Toh, "On the efficient computation of a generalized Jacobian of the projector over the Birkhoff
-        polytope", Mathematical Programming 2020, section 3.
+        Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 1992, section 2.
     """
     rows, columns = check_marginals(X, marginals)
-    fixed = [t.detach().double() for t in (X, rows, columns)]
-    Z, converged = _shifted(*fixed, torch.finfo(X.dtype).eps, max_steps)
-    support = Z > 0
+    rows, columns = rows.double(), columns.double()
+    columns = columns * (rows.sum() / columns.sum()).detach()  # no plan would have both totals
+    fixed = [t.detach() for t in (X.double(), rows, columns)]
+    found, converged = _interior_point(*fixed, max_steps)
+    support = found > 0
     pattern = support.double()
-    laplacian = torch.linalg.pinv(_hessian(pattern), hermitian=True)
-    # X moved by the multipliers: the same projection, from which no digits are lost to large entries
+    laplacian = torch.linalg.pinv(hessian(pattern), hermitian=True)
+    # in place of X, what it became by the multipliers: no digits are lost to large entries
     free = torch.where(support, X, 0.0).double()
-    base = torch.where(support, Z, 0.0) + (free - free.detach())
-    missing = torch.cat([rows.double() - base.sum(1), columns.double() - base.sum(0)])
+    base = found + (free - free.detach())
+    missing = torch.cat([rows - base.sum(1), columns - base.sum(0)])
     plan = torch.where(support, (base + outer_sum(laplacian @ missing, X.shape)).clamp(min=0), 0.0)
     return report(converged, plan.to(X.dtype), throw, _causes("projection_transport"))
 
@@ -127,79 +140,65 @@ def check_marginals(X: Tensor, marginals: tuple[Tensor, Tensor]) -> tuple[Tensor
     return rows, columns
 
 
-def newton(
-    Z: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    plan: Callable[[Tensor], tuple[Tensor, Tensor]],
-    tolerance: Tensor,
-    max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Shift the rows and columns of a matrix until the plan :math:`p(Z)` has its marginals.
-
-    .. math:: \max_{\alpha, \beta}\ a^\top \alpha + b^\top \beta - \sum_{ij} q(Z_{ij} + \alpha_i + \beta_j), \qquad
-              q' = p
-
-    Args:
-        Z: The matrix, shape (n, m), in float64.
-        rows: The sums of the rows.
-        columns: The sums of the columns.
-        plan: p and its derivative, entrywise: not negative and not falling.
-        tolerance: The largest error of a marginal.
-        max_steps: The most steps.
-
-    Returns:
-        The shifted matrix, the shifts (rows first), and whether it converged.
-    """
-    targets = torch.cat([rows, columns])
-
-    def residual(Z):
-        P = plan(Z)[0]
-        return targets - torch.cat([P.sum(1), P.sum(0)])
-
-    def body(carry):
-        Z, shifts = carry
-        found = residual(Z)
-        H = _hessian(plan(Z)[1])
-        ridge = 1e-3 * torch.minimum(found.abs().amax(), H.diagonal().amax()) + 1e-14
-        factor = torch.linalg.cholesky_ex(H + ridge * torch.eye(H.shape[0], dtype=H.dtype, device=H.device))[0]
-        direction = torch.cholesky_solve(found[:, None], factor)[:, 0]
-        lines = _STEPS.to(Z.device)[:, None, None] * outer_sum(direction, Z.shape)
-        P = plan(Z + lines)[0]
-        n = rows.numel()
-        slopes = (targets * direction).sum() - P.sum(2) @ direction[:n] - P.sum(1) @ direction[n:]
-        step = _STEPS.to(Z.device).gather(0, slopes.abs().nan_to_num(torch.inf).argmin().reshape(1)).squeeze(0)
-        return Z + step * outer_sum(direction, Z.shape), shifts + step * direction
-
-    def live(carry):
-        return ~(residual(carry[0]).abs().amax() <= tolerance)
-
-    Z, shifts = while_loop(live, body, (Z, torch.zeros_like(targets)), max_steps=max_steps)
-    return Z, shifts, ~live((Z, shifts))
-
-
 def outer_sum(shifts: Tensor, shape: torch.Size) -> Tensor:
     """The matrix whose entries are the sum of their row's shift and their column's."""
     rows, columns = shifts.split([shape[0], shape[1]])
     return rows[:, None] + columns
 
 
-def _shifted(X, rows, columns, precision, max_steps):
-    """The matrix moved by the multipliers, whose positive part is the projection."""
-    # rows first: their thresholds are known, and they take off whatever large numbers the rows share
-    P = project_rows(X, rows[:, None])
-    top = X.amax(1, keepdim=True)
-    best = (X - top) == 0
-    height = torch.where(best, P, 0.0).amax(1, keepdim=True)
-    tolerance = 4 * precision * torch.maximum(rows.amax(), columns.amax())
-    return newton(X - top + height, rows, columns, _positive_part, tolerance, max_steps)[::2]
+def _interior_point(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+    """Where the projection is positive, as a matrix that is X plus multipliers there and 0 elsewhere; and success."""
+    allowed = X.isfinite() & (rows > 0)[:, None] & (columns > 0)
+    targets, largest = torch.cat([rows, columns]), torch.maximum(rows.amax(), columns.amax())
+    below = torch.where(allowed, X - torch.where(allowed, X, -torch.inf).amax(1, keepdim=True), 0.0)
+    plan = torch.where(allowed, rows[:, None] * columns / torch.where(rows.sum() > 0, rows.sum(), 1.0), 0.0)
+    start = _State(plan, torch.where(allowed, plan - below + torch.maximum(largest, below.abs().amax()), 1.0))
+    tolerance = _TOLERANCE * largest
+
+    def missing(plan):
+        return targets - torch.cat([plan.sum(1), plan.sum(0)])
+
+    def live(state):
+        overlap = torch.minimum(state.plan, state.cost).amax()
+        return ~((missing(state.plan).abs().amax() <= tolerance) & (overlap <= tolerance))
+
+    def body(state):
+        P, S = state
+        total, need = P + S, missing(P)
+        slope = torch.where(allowed, P / total, 0.0)
+        H = hessian(slope)
+        ridge = 1e-14 * H.diagonal().amax() + 1e-300
+        factor = torch.linalg.cholesky_ex(H + ridge * torch.eye(H.shape[0], dtype=H.dtype, device=H.device))[0]
+
+        def direction(gap):
+            """Newton's, for a given change of the products of plan and cost."""
+            part = torch.where(allowed, gap / total, 0.0)
+            side = need - torch.cat([part.sum(1), part.sum(0)])
+            shift = outer_sum(torch.cholesky_solve(side[:, None], factor)[:, 0], P.shape)
+            dP = part + slope * shift
+            return dP, torch.where(allowed, dP - shift, 0.0)
+
+        dP, dS = direction(-P * S)
+        t = _longest(P, dP, S, dS).clamp(max=1.0)
+        before, after = (P * S).sum(), ((P + t * dP) * (S + t * dS)).sum()
+        center = before / allowed.sum() * (after / before).clamp(0, 1) ** 3
+        dP, dS = direction(center - P * S - dP * dS)
+        t = (0.995 * _longest(P, dP, S, dS)).clamp(max=1.0)
+        return _State(P + t * dP, S + t * dS)
+
+    state = while_loop(live, body, start, max_steps=max_steps)
+    support = allowed & (state.plan > state.cost)
+    return torch.where(support, state.plan, 0.0), ~live(state)
 
 
-def _positive_part(Z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.relu(Z), (Z > 0).double()
+def _longest(P: Tensor, dP: Tensor, S: Tensor, dS: Tensor) -> Tensor:
+    """The step at which the first entry becomes 0."""
+    value, change = torch.stack([P, S]), torch.stack([dP, dS])
+    falling = change < 0
+    return torch.where(falling, value / torch.where(falling, -change, 1.0), torch.inf).amin()
 
 
-def _hessian(slopes: Tensor) -> Tensor:
+def hessian(slopes: Tensor) -> Tensor:
     """Of the dual, up to its sign: the sums of rows and columns, and the matrix between them."""
     top = torch.cat([torch.diag(slopes.sum(1)), slopes], 1)
     return torch.cat([top, torch.cat([slopes.mT, torch.diag(slopes.sum(0))], 1)])
