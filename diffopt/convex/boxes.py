@@ -3,6 +3,8 @@ r"""Projections onto boxes, the non-negative orthant, and the section of a box b
 .. math:: \min_y \tfrac12 \|y - x\|^2 \quad\text{s.t.}\quad l \le y \le u, \quad w^\top y = c
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ from diffopt.convex.arguments import (
 )
 from diffopt.typing import Numeric, Tree
 
-__all__ = ["projection_box", "projection_box_section", "projection_non_negative"]
+__all__ = ["clip", "projection_box", "projection_box_section", "projection_non_negative"]
+
+_Section: TypeAlias = tuple[Tensor, Tensor, Tensor, Numeric]  # the bounds, the normal and the offset
 
 
 def projection_non_negative(x: Tree) -> Tree:
@@ -107,19 +111,19 @@ def projection_box_section(x: Tree, lower: Tree, upper: Tree, w: Tree, c: Numeri
         Kiwiel, "Breakpoint searching algorithms for the continuous quadratic knapsack problem", 2008, eq. 1.3.
     """
     vector, unravel = flatten_vector(x, "x")
-    low, high = (spread_vector(value, x, name).to(vector.dtype) for value, name in ((lower, "lower"), (upper, "upper")))
+    low = spread_vector(lower, x, "lower").to(vector.dtype)
+    high = spread_vector(upper, x, "upper").to(vector.dtype)
+    w, c = like_vector(w, x, vector, "w"), scalar(c, "c", vector)
     _check_bounds(low, high)
-    w = like_vector(w, x, vector, "w")
-    c = scalar(c, "c", vector)
-    _check_section(low.detach(), high.detach(), w.detach(), detached(c))
-    fixed = [t.detach() for t in (low, high, w)]
+    fixed = low.detach(), high.detach(), w.detach(), detached(c)
+    _check_section(*fixed)
     # a shift along w moves no projection, and once the threshold is near 0 no digits are lost to large entries
-    shift = _threshold(vector.detach(), *fixed, detached(c), _active_sets(vector.detach(), *fixed, detached(c)))
-    vector = vector - shift * w
-    sets = _active_sets(vector.detach(), *fixed, detached(c))
+    start = vector.detach()
+    vector = vector - _threshold(start, fixed, _active_sets(start, fixed)) * w
+    sets = _active_sets(vector.detach(), fixed)
     free, at_low, _ = sets
-    inner = vector - _threshold(vector, low, high, w, c, sets) * w
-    return unravel(torch.where(free, clip(inner, low.detach(), high.detach()), torch.where(at_low, low, high)))
+    inner = clip(vector - _threshold(vector, (low, high, w, c), sets) * w, fixed[0], fixed[1])
+    return unravel(torch.where(free, inner, torch.where(at_low, low, high)))
 
 
 def clip(x: Tensor, lower: Numeric, upper: Numeric) -> Tensor:
@@ -127,14 +131,15 @@ def clip(x: Tensor, lower: Numeric, upper: Numeric) -> Tensor:
     return torch.where(x < lower, lower, torch.where(x > upper, upper, x))
 
 
-def _active_sets(x, lower, upper, w, c):
+def _active_sets(x: Tensor, problem: _Section) -> tuple[Tensor, Tensor, Tensor]:
     """Which entries are strictly between the bounds, at the lower, and at the upper one, at the threshold."""
+    lower, upper, w, _ = problem
     moving = w != 0
     slope = torch.where(moving, w, 1.0)
     to_upper, to_lower = (x - upper) / slope, (x - lower) / slope
     first = torch.where(moving, torch.minimum(to_upper, to_lower), torch.inf)
     last = torch.where(moving, torch.maximum(to_upper, to_lower), torch.inf)
-    left, right = _segment(x, lower, upper, w, c, torch.cat([first, last]))
+    left, right = _segment(x, problem, torch.cat([first, last]))
     before, after = first >= right, last <= left
     pinned_low = torch.where(moving, torch.where(w > 0, after, before), x <= lower)
     pinned_high = torch.where(moving, torch.where(w > 0, before, after), x >= upper)
@@ -142,8 +147,9 @@ def _active_sets(x, lower, upper, w, c):
     return (moving & ~before & ~after) | still, pinned_low, pinned_high
 
 
-def _segment(x, lower, upper, w, c, ends):
+def _segment(x: Tensor, problem: _Section, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The neighbours among the breakpoints between which w y(t) - c, which falls with t, changes its sign."""
+    lower, upper, w, c = problem
     finite = ends.isfinite()
     filler = torch.where(finite, ends, -torch.inf).amax()
     ends = torch.where(finite, ends, torch.where(filler.isfinite(), filler, 0.0)).sort().values
@@ -164,8 +170,8 @@ def _segment(x, lower, upper, w, c, ends):
     )
 
 
-def _threshold(x, lower, upper, w, c, sets):
-    free, at_low, at_high = sets
+def _threshold(x: Tensor, problem: _Section, sets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    (lower, upper, w, c), (free, at_low, at_high) = problem, sets
     pinned = torch.where(at_low, lower, torch.where(at_high, upper, 0.0))
     slope = torch.where(free, w, 0.0)
     total = (slope * x).sum() + (w * pinned).sum() - c
@@ -181,7 +187,7 @@ def _check_bounds(lower: Numeric, upper: Numeric) -> None:
         raise ValueError(f"`lower` must be at most `upper`; got {lower} and {upper}. Are the bounds swapped?")
 
 
-def _check_section(lower, upper, w, c):
+def _check_section(lower: Tensor, upper: Tensor, w: Tensor, c: Numeric) -> None:
     ends = torch.where(w != 0, w * lower, 0.0), torch.where(w != 0, w * upper, 0.0)
     least, most = torch.minimum(*ends).sum(), torch.maximum(*ends).sum()
     finite = torch.where(torch.maximum(*ends).isfinite(), torch.maximum(*ends).abs(), 0.0).sum()

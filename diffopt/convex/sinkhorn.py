@@ -62,8 +62,7 @@ def kl_projection_transport(
     b = b * (a.sum() / b.sum()).detach()  # no plan would have both totals
     if X.shape[0] > X.shape[1]:  # the unknowns are the multipliers of the fewer
         Z, a, b = Z.mT, b, a
-    fixed = [t.detach() for t in (Z, a, b)]
-    alpha, converged = _multipliers(*fixed, max_steps)
+    alpha, converged = _multipliers(Z.detach(), a.detach(), b.detach(), max_steps)
     alpha = _solution(alpha, Z, a, b)
     plan = _plan(alpha, Z, b)
     plan = plan.mT if X.shape[0] > X.shape[1] else plan
@@ -117,6 +116,9 @@ def _multipliers(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) -> tu
     targets = torch.cat([rows, columns])
     tolerance = _TOLERANCE * targets.amax()
     steps = _STEPS.to(X.device)
+    # shifting all rows up and all columns down changes nothing, and must not be part of a direction
+    signs = torch.cat([torch.ones_like(rows), -torch.ones_like(columns)])
+    free = targets.mean() * torch.outer(signs, signs)
 
     def residual(Z):
         P = Z.exp()
@@ -128,7 +130,7 @@ def _multipliers(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) -> tu
         return torch.cat([by_row, by_column])
 
     def direction(Z):
-        found, H = residual(Z), hessian(Z.exp())
+        found, H = residual(Z), hessian(Z.exp()) + free
         ridge = 1e-3 * torch.minimum(found.abs().amax(), H.diagonal().amax()) + 1e-14
         factor = torch.linalg.cholesky_ex(H + ridge * torch.eye(H.shape[0], dtype=H.dtype, device=H.device))[0]
         return torch.cholesky_solve(found[:, None], factor)[:, 0]
@@ -136,8 +138,7 @@ def _multipliers(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) -> tu
     def best_step(Z, d):
         """The step after which the dual is level, by interpolation between the steps where it rises and falls."""
         P = (Z + steps[:, None, None] * outer_sum(d, Z.shape)).exp()
-        by_row, by_column = d.split([rows.numel(), columns.numel()])
-        slopes = (targets * d).sum() - P.sum(2) @ by_row - P.sum(1) @ by_column
+        slopes = (targets - torch.cat([P.sum(2), P.sum(1)], 1)) @ d  # residuals first: they lose fewer digits
         last = (slopes >= 0).sum().clamp(1, steps.numel() - 1)
         (t, u), (f, g) = ([v.gather(0, (last - k).reshape(1)).squeeze(0) for k in (1, 0)] for v in (steps, slopes))
         inside = (f >= 0) & (g < 0) & g.isfinite()

@@ -69,8 +69,7 @@ def projection_transport(
     rows, columns = check_marginals(X, marginals)
     rows, columns = rows.double(), columns.double()
     columns = columns * (rows.sum() / columns.sum()).detach()  # no plan would have both totals
-    fixed = [t.detach() for t in (X.double(), rows, columns)]
-    found, converged = _interior_point(*fixed, max_steps)
+    found, converged = _interior_point(X.detach().double(), rows.detach(), columns.detach(), max_steps)
     support = found > 0
     pattern = support.double()
     laplacian = torch.linalg.pinv(hessian(pattern), hermitian=True)
