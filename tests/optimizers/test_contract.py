@@ -205,7 +205,10 @@ def test_jacobian_of_the_end_in_the_start_composes_with_vmap(name):
     assert_trees_close(vmap(jacrev(end))(x), torch.stack([jacrev(end)(row) for row in x]))
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adam, Nesterov", "adamw", "schedule", "lamb", "muon", "sam"])
+LONG_TO_COMPILE = [pytest.param(name, marks=pytest.mark.slow) for name in ("adam, Nesterov", "lamb", "muon", "sam")]
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "schedule", *LONG_TO_COMPILE])
 def test_compiled_meta_gradient_of_an_unroll(name):
     values, params = tensors(name, torch.float32), start(torch.float32)
     meta_gradient = grad(lambda v, p: meta_loss(name, v, p), argnums=(0, 1))
