@@ -28,6 +28,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled  # a Function's jvp 
 
 __all__ = [
     "any_lane",
+    "batched_at_most",
     "derivative_possible",
     "derivative_wanted",
     "dual_only",
@@ -71,6 +72,18 @@ def functorch_active() -> bool:
 def derivative_possible(tensors: Iterable[Tensor]) -> bool:
     """Whether anything may later ask for a derivative, or a batch, of a function of these tensors."""
     return transforms_active() or (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
+
+
+def batched_at_most(tensors: Iterable[Tensor]) -> bool:
+    """Whether a batch is all that can ride on these tensors: no transform but `vmap` is live, and none needs a gradient.
+
+    No derivative of what is computed from them alone can be asked for, now or later.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if any(level.key() != TransformType.Vmap for level in get_interpreter_stack() or ()):
+        return False
+    return not (torch.is_grad_enabled() and any(unwrap_lanes(t).requires_grad for t in tensors))
 
 
 def derivative_wanted() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffopt.autodiff import choose, hoist, jvp, vjp
 from diffopt.autodiff.custom_derivative import Rules, by_rule
-from diffopt.autodiff.levels import derivative_possible
+from diffopt.autodiff.levels import batched_at_most
 from diffopt.linalg.operators import Bound, LinearOperator, Tag
 from diffopt.linalg.protocol import LinearSolver, Status
 
@@ -72,7 +72,7 @@ def solve_by_rule(
     if getattr(solver, "truncated", False):  # a finite sum, to be differentiated as what it is
         start = None if init is None else init.detach()
         return _run(problem, solver, operator.bind(*operator.parameters), b, start, operator.tags, alarm)
-    if not torch.compiler.is_compiling() and not derivative_possible((*operator.parameters, b)):
+    if batched_at_most((*operator.parameters, b)):
         with torch.no_grad():
             return _run(problem, solver, operator.bind(*operator.parameters), b, init, operator.tags, alarm)
     count = len(operator.parameters)

@@ -10,10 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.linalg import LinearSolver, jacobian_operator
+from diffopt.autodiff import vjp
+from diffopt.autodiff.levels import batched_at_most
+from diffopt.linalg import Dense, LinearSolver, jacobian_operator
 from diffopt.linalg.solve import solve_flat
 
 __all__ = ["Chord", "ChordState", "Newton", "NewtonState"]
+
+_DENSE_SIZE = 256
 
 
 class NewtonState(NamedTuple):
@@ -52,7 +56,7 @@ class Newton:
 
     def step(self, fn: Callable[[Tensor], Tensor], state: NewtonState) -> NewtonState:
         """The state after one step."""
-        d = _direction(fn, state.x, state.residual, self.linear_solver)
+        d = newton_direction(fn, state.x, state.residual, self.linear_solver)
         sound = d.isfinite().all()
         x = torch.where(sound, state.x + self.step_size * d, state.x)
         return NewtonState(x, fn(x), ~sound)
@@ -96,5 +100,27 @@ class Chord:
         return state._replace(x=x, residual=fn(x))
 
 
-def _direction(fn, x: Tensor, value: Tensor, linear_solver: LinearSolver | None) -> Tensor:
+def newton_direction(
+    fn: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, linear_solver: LinearSolver | None
+) -> Tensor:
+    r"""The solution `d` of :math:`F'(x)\,d = -F(x)`; NaN where the Jacobian is singular."""
+    if isinstance(linear_solver, Dense | None) and 0 < x.numel() <= _DENSE_SIZE and not torch.compiler.is_compiling():
+        out, pull = vjp(fn, x)
+        if batched_at_most((out, x, value)):  # no derivative can be asked for: the Jacobian need not be an operator
+            return solved(rows(lambda u: pull(u)[0], x), -value)
     return solve_flat(jacobian_operator(fn, x), -value, linear_solver, failure="ignore")
+
+
+def rows(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The matrix whose rows are the products with unit vectors like `like`."""
+    # units along the last dimension: under a further vmap, the batched products then keep their rows contiguous
+    units = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+    return torch.func.vmap(product, in_dims=1, out_dims=1)(units).mT
+
+
+def solved(J: Tensor, b: Tensor) -> Tensor:
+    """The solution of a dense system, in one call; NaN where the matrix is singular or not finite."""
+    sound = J.sum().isfinite()
+    eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
+    d, info = torch.linalg.solve_ex(torch.where(sound, J, eye), b[:, None])  # LAPACK may not end with NaN
+    return torch.where(sound & (info == 0), d[:, 0], torch.nan)

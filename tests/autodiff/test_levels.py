@@ -121,6 +121,32 @@ def test_derivative_possible_needs_grad_mode_or_a_transform():
         assert vmap(lambda x: x * levels.derivative_possible([x]))(torch.ones(1)).item() == 1
 
 
+def test_batched_at_most_sees_gradients_under_lanes_and_every_other_transform():
+    tracked, seen = X.clone().requires_grad_(), {}
+
+    def note(name):
+        return lambda x: (seen.setdefault(name, levels.batched_at_most([x])), (x * 1.0).sum())[1]
+
+    note("plain")(X)
+    note("autograd")(tracked)
+    vmap(note("vmap"))(X)
+    vmap(vmap(note("vmap(vmap)")))(X)
+    vmap(note("vmap, tracked"))(tracked)
+    vmap(vmap(note("vmap(vmap), tracked")))(tracked)
+    grad(note("grad"))(X)
+    vmap(grad(note("vmap(grad)")))(X)
+    grad(lambda Z: vmap(note("grad(vmap)"))(Z).sum())(X)
+    grad(lambda Z: vmap(note("grad(vmap), constant"))(X).sum() * Z.sum())(X)
+    jvp(vmap(note("jvp(vmap)")), (X,), (X,))
+    with forward_ad.dual_level():
+        vmap(note("dual(vmap)"))(X)
+    with torch.no_grad():
+        vmap(note("vmap, no_grad"))(tracked)
+    right = {"plain", "vmap", "vmap(vmap)", "vmap, no_grad"}
+    assert {name for name, answer in seen.items() if answer} == right
+    assert len(seen) == 13
+
+
 def test_is_tracked_and_is_live():
     assert not levels.is_tracked(X)
     assert levels.is_tracked(X.clone().requires_grad_())
