@@ -13,8 +13,10 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
 from diffopt.implicit.optimality import KKT
+from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.lbfgs import LBFGS
+from diffopt.solvers.lbfgsb import LBFGSB
 from diffopt.solvers.objective import Objective, Structure
 from diffopt.solvers.proximal_gradient import ProximalGradient
 from diffopt.solvers.solution import Solution
@@ -128,7 +130,9 @@ _ADVICE = {
 def _default(structure: Structure | None) -> Any:
     if structure is None:
         return LBFGS()
-    return ProximalGradient()
+    if structure == "bounds":
+        return LBFGSB()
+    return AugmentedLagrangian() if structure == "constraints" else ProximalGradient()
 
 
 def _with_multipliers(init: Tree, args: tuple, equality, inequality) -> KKT:
@@ -154,10 +158,10 @@ def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Call
 
     if equality is None and inequality is None:
         lower, upper = (_bound(b, init, example) for b in bounds) if bounds else (None, None)
-        return Objective(value, prox and on_vectors, lower, upper)
+        return Objective(value, prox and on_vectors, lower, upper, unravel=unravel)
     h, c = (None if g is None else lambda x, g=g: tree.ravel(g(unravel(x), *args))[0] for g in (equality, inequality))
     sizes = (example.numel(), *(0 if g is None else g(example.detach()).numel() for g in (h, c)))
-    return Objective(value, equality=h, inequality=c, sizes=sizes)
+    return Objective(value, equality=h, inequality=c, sizes=sizes, unravel=unravel)
 
 
 def _bound(bound: Tree, init: Tree, example: Tensor) -> Tensor | None:

@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from diffopt import tree
 from diffopt.autodiff import value_and_grad
 from diffopt.implicit.optimality import KKT, kkt_map
+from diffopt.typing import Tree
 
 __all__ = ["Objective", "Structure"]
 
@@ -32,6 +34,7 @@ class Objective:
         inequality: Constraints whose values are to be at most 0, or None.
         sizes: With constraints, the numbers of unknowns, of equalities and of inequalities: iterates hold the
             multipliers behind the unknowns.
+        unravel: The tree of a vector of unknowns, for solvers with functions of trees of their own; None for vectors.
 
     Example:
         >>> f = Objective(lambda x: (x**2).sum(), lower=torch.ones(2), upper=torch.full((2,), 3.0))
@@ -47,6 +50,7 @@ class Objective:
     equality: Callable[[Tensor], Tensor] | None = None
     inequality: Callable[[Tensor], Tensor] | None = None
     sizes: tuple[int, int, int] | None = None
+    unravel: Callable[[Tensor], Tree] | None = None
 
     @staticmethod
     def of(problem: "Objective | Callable[[Tensor], Tensor]") -> "Objective":
@@ -80,6 +84,11 @@ class Objective:
         if self.prox is not None:
             return x - self.prox(x - slope, 1.0)
         return slope if self.structure is None else x - self.clip(x - slope)
+
+    def on_vectors(self, fn: Callable[[Tree], Tree]) -> Callable[[Tensor], Tensor]:
+        """A function of the tree of unknowns, as one of vectors."""
+        unravel = self.unravel
+        return fn if unravel is None else lambda x: tree.ravel(fn(unravel(x)))[0]
 
     def split(self, y: Tensor) -> KKT:
         """The unknowns and the multipliers of a vector of all."""
