@@ -75,7 +75,7 @@ def derivative_possible(tensors: Iterable[Tensor]) -> bool:
 
 
 def batched_at_most(tensors: Iterable[Tensor]) -> bool:
-    """Whether a batch is all that can ride on these tensors: no transform but `vmap` is live, and none needs a gradient.
+    """Whether a batch is all that rides on these tensors: no transform but `vmap` is live, and none needs a gradient.
 
     No derivative of what is computed from them alone can be asked for, now or later.
     """

@@ -90,9 +90,8 @@ class Chord:
 
     def init(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> ChordState:
         """The state at the start."""
-        J = torch.func.jacrev(fn)(x)
-        inverse, info = torch.linalg.inv_ex(J)
-        return ChordState(x, fn(x), (info != 0) | ~inverse.isfinite().all(), inverse)
+        value, inverse, regular = inverse_jacobian(fn, x)
+        return ChordState(x, value, ~regular, inverse)
 
     def step(self, fn: Callable[[Tensor], Tensor], state: ChordState) -> ChordState:
         """The state after one step."""
@@ -109,6 +108,16 @@ def newton_direction(
         if batched_at_most((out, x, value)):  # no derivative can be asked for: the Jacobian need not be an operator
             return solved(rows(lambda u: pull(u)[0], x), -value)
     return solve_flat(jacobian_operator(fn, x), -value, linear_solver, failure="ignore")
+
+
+def inverse_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The value of an equation, the inverse of its Jacobian, and whether that one is regular."""
+    value, pull = vjp(fn, x)
+    J = rows(lambda u: pull(u)[0], x)
+    sound, eye = J.sum().isfinite(), torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+    inverse, info = torch.linalg.inv_ex(torch.where(sound, J, eye))
+    regular = sound & (info == 0) & inverse.isfinite().all()
+    return value, torch.where(regular, inverse, eye), regular
 
 
 def rows(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ r"""`root`: solve a system of equations, and differentiate the solution.
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
-from diffopt.implicit.root import check_equation
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.newton import Newton
 from diffopt.solvers.solution import Solution
 from diffopt.solvers.verb import solve
 from diffopt.typing import Tree
 
-__all__ = ["root"]
+__all__ = ["root", "shaped"]
 
 
 def root(
@@ -68,15 +69,28 @@ def root(
     """
     settings = options(rtol, atol, norm, max_steps, callback, history)
 
-    def problem(unravel, args):
-        def on_vectors(x):
-            value = fn(unravel(x), *args)
-            check_equation(value, unravel(x), "fn")
-            return tree.ravel(value)[0]
+    equation = shaped("root", fn, "one equation for each unknown. For residuals use `least_squares`")
 
-        return on_vectors
+    def problem(unravel, args):
+        return lambda x: tree.ravel(equation(unravel(x), *args))[0]
 
     return solve(
-        "root", Newton() if solver is None else solver, problem, Equation(fn), init, args,
+        "root", Newton() if solver is None else solver, problem, Equation(equation), init, args,
         adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,
     )  # fmt: skip
+
+
+def shaped(verb: str, fn: Callable[..., Tree], advice: str) -> Callable[..., Tree]:
+    """The function, refusing a value that is not shaped like its first argument."""
+
+    def checked(x: Tree, *args: Tree) -> Tree:
+        value = fn(x, *args)
+        try:
+            tree.check_like(value, x, name="its value", reference_name="x")
+        except (TypeError, ValueError) as error:
+            both = isinstance(value, Tensor) and isinstance(x, Tensor) and value.shape != x.shape
+            found = f"got {tuple(value.shape)} for x {tuple(x.shape)}" if both else str(error).rstrip(".")  # pyright: ignore
+            raise type(error)(f"`{verb}` needs fn(x) shaped like x; {found}: {advice}") from None
+        return value
+
+    return checked
