@@ -188,7 +188,8 @@ class BiCGStab:
     .. math:: s = r - \alpha A M p, \quad \omega = \frac{t^\top s}{t^\top t}, \quad t = A M s, \quad
               x \leftarrow x + \alpha M p + \omega M s
 
-    Two products a step, none transposed. It may break down, which is found and is a failure: `GMRES` does not.
+    Two products a step, none transposed. Where it breaks down, it starts over with another shadow residual; where that
+    breaks down, too, it fails. `GMRES` does neither.
 
     Args:
         rtol: stop at :math:`\|r\| \le \text{rtol}\,\|b\|`; None is :math:`\varepsilon^{2/3}` of the dtype.
@@ -226,7 +227,8 @@ class BiCGStab:
         precondition = product_of(self)
         r = residual_of(bound, b, x)
         x = torch.zeros_like(b) if x is None else x
-        state = _BiState(x, r, r, r, dot(r, r), torch.ones_like(limit, dtype=torch.bool), counter(b))
+        sound = torch.ones_like(limit, dtype=torch.bool)
+        state = _BiState(x, r, r, r, dot(r, r), ~sound, sound, counter(b))
 
         def live(state):
             return (norm(state.r) > limit) & state.sound
@@ -248,29 +250,32 @@ class _BiState(NamedTuple):
     shadow: Tensor
     p: Tensor
     rho: Tensor
+    broken: Tensor
     sound: Tensor
     steps: Tensor
 
 
-def _bicgstab_step(product, precondition, state: _BiState, limit: Tensor) -> _BiState:
-    """One step; a breakdown by rounding starts over from the present residual, one by zero is not sound."""
+def _bicgstab_step(product, precondition, old: _BiState, limit: Tensor) -> _BiState:
+    """One step; where it breaks down it turns the shadow residual instead, and is not sound twice in a row."""
     tiny = torch.finfo(limit.dtype).eps
-    v = product(state.p)
-    slope = dot(state.shadow, v)
-    alpha = state.rho / nonzero(slope)
-    s = state.r - alpha * v
+    v = product(old.p)
+    slope = dot(old.shadow, v)
+    broken = slope.abs() <= tiny * norm(old.shadow) * norm(v)
+    alpha = old.rho / torch.where(broken, 1.0, slope)
+    s = old.r - alpha * v
     t = product(s)
-    tt = dot(t, t)
-    omega = torch.where(norm(s) > limit, dot(t, s) / nonzero(tt), torch.zeros_like(tt))
-    x = state.x + precondition(alpha * state.p + omega * s)
+    omega = torch.where(norm(s) > limit, dot(t, s) / nonzero(dot(t, t)), torch.zeros_like(alpha))
+    x = old.x + precondition(alpha * old.p + omega * s)
     r = s - omega * t
-    rho = dot(state.shadow, r)
-    beta = rho / nonzero(state.rho) * alpha / nonzero(omega)
-    lost = (rho.abs() <= tiny * norm(state.shadow) * norm(r)) | (omega == 0)
-    shadow = torch.where(lost, r, state.shadow)
-    p = torch.where(lost, r, r + beta * (state.p - omega * v))
-    # a sound step divides by no zero and stays finite; where it is not sound, the present iterate is kept
-    sound = (slope.abs() > tiny * norm(state.shadow) * norm(v)) & norm(r).isfinite()
-    kept = _BiState(x, r, shadow, p, torch.where(lost, dot(r, r), rho), sound, state.steps)
-    kept = _BiState(*(torch.where(sound, new, old) for new, old in zip(kept, state, strict=True)))
-    return kept._replace(sound=sound, steps=state.steps + 1)
+    rho = dot(old.shadow, r)
+    beta = rho / nonzero(old.rho) * alpha / nonzero(omega)
+    lost = (rho.abs() <= tiny * norm(old.shadow) * norm(r)) | (omega == 0)  # then start over from this residual
+    shadow = torch.where(lost, r, old.shadow)
+    p = torch.where(lost, r, r + beta * (old.p - omega * v))
+    rho = torch.where(lost, dot(r, r), rho)
+
+    turned = old.r / nonzero(norm(old.r)) + v / nonzero(norm(v))
+    kept = (old.x, old.r, turned, old.r, dot(turned, old.r))
+    sound = ~(broken & old.broken) & (broken | norm(r).isfinite())
+    x, r, shadow, p, rho = (torch.where(broken, k, n) for k, n in zip(kept, (x, r, shadow, p, rho), strict=True))
+    return _BiState(x, r, shadow, p, rho, broken, sound, old.steps + 1)

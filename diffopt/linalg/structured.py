@@ -133,7 +133,8 @@ class Tridiagonal:
     The three diagonals come from three products, with vectors of every third unknown; no matrix is made.
 
     There is no pivoting: the method suits positive definite and diagonally dominant operators. Where the result has no
-    small residual after one refinement, `LU` takes over, up to 2048 unknowns; beyond that the solve fails.
+    small residual after one refinement, `LU` takes over, up to 2048 unknowns; beyond that the solve fails. Compiled,
+    where nothing can be refined or raised, the result is NaN there.
 
     Example:
         >>> from diffopt.linalg import linear_solve, matrix_operator

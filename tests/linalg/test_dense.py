@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch.func import hessian, jacfwd, vmap
 
-from diffopt.linalg import Dense, LinearSolveError, linear_solve, matrix_operator
+from diffopt.linalg import (
+    LU,
+    Cholesky,
+    Dense,
+    Diagonal,
+    LinearSolveError,
+    Triangular,
+    Tridiagonal,
+    linear_solve,
+    matrix_operator,
+)
+from diffopt.linalg.dense import chosen
 
 F64 = torch.float64
 L = torch.tensor([[2.0, 0.0, 0.0], [0.5, 1.5, 0.0], [-0.3, 0.2, 1.0]], dtype=F64)
@@ -15,6 +26,7 @@ MATRICES = {
     ("positive_definite",): L @ L.T,
     ("lower_triangular",): L,
     ("upper_triangular",): L.T,
+    ("tridiagonal",): torch.triu(L + 0.3, -1).tril(1),
     ("diagonal",): torch.diag(L.diagonal()),
 }
 TOL = 1e-12
@@ -61,3 +73,19 @@ def test_one_singular_lane_raises_and_spares_the_others_without_throw():
         vmap(lambda A: linear_solve(A, B))(As)
     found = vmap(lambda A: linear_solve(A, B, throw=False))(As)
     assert torch.allclose(found[0], torch.linalg.solve(L, B))
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ([], LU()),
+        (["symmetric"], LU()),
+        (["positive_definite"], Cholesky()),
+        (["positive_definite", "tridiagonal"], Tridiagonal()),
+        (["tridiagonal", "lower_triangular"], Triangular()),
+        (["upper_triangular"], Triangular()),
+        (["positive_definite", "diagonal"], Diagonal()),
+    ],
+)
+def test_the_tags_choose(tags, expected):
+    assert chosen(frozenset(tags)) == expected

@@ -5,9 +5,19 @@ import warnings
 
 import pytest
 import torch
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, vmap
 
-from diffopt.linalg import CG, GMRES, ConvergenceWarning, Dense, function_operator, linear_solve, matrix_operator
+from diffopt.linalg import (
+    CG,
+    GMRES,
+    BiCGStab,
+    ConvergenceWarning,
+    Dense,
+    LinearSolveError,
+    function_operator,
+    linear_solve,
+    matrix_operator,
+)
 from diffopt.linalg.solve import _automatic, report
 
 F64 = torch.float64
@@ -28,6 +38,7 @@ def close(a, b):
         (257, ["symmetric"], GMRES()),
         (257, ["positive_definite"], CG()),
         (1000, ["diagonal"], Dense()),
+        (1000, ["tridiagonal"], Dense()),
     ],
 )
 def test_the_solver_is_chosen_by_size_and_structure(size, tags, expected):
@@ -119,3 +130,94 @@ def test_a_failure_is_reported_as_asked():
         report(bad, "ignore", "CG")
     with pytest.warns(ConvergenceWarning, match=r"did not converge \(CG\), so that derivative cannot be trusted"):
         report(bad, "warn", "CG")
+
+
+def test_several_right_sides_are_columns():
+    Bs = torch.stack([B, B.cos(), 0 * B], 1)
+    expected = torch.linalg.solve(A, Bs)
+    op = function_operator(lambda A, v: A @ v, A, B)
+    for solver in (None, Dense(), GMRES(rtol=1e-13), BiCGStab(rtol=1e-13)):
+        assert close(linear_solve(A, Bs, solver), expected)
+        assert close(linear_solve(op, Bs, solver), expected)
+    assert close(linear_solve(op, Bs[:, :1]), expected[:, :1])
+    assert linear_solve(A, Bs[:, :0]).shape == (2, 0)
+    by_A, by_B = grad(lambda A, Bs: linear_solve(A, Bs).sin().sum(), (0, 1))(A, Bs)
+    weight = torch.linalg.solve(A.T, expected.cos())
+    assert close(by_A, -weight @ expected.T)
+    assert close(by_B, weight)
+    assert close(vmap(lambda s: linear_solve(s * A, Bs))(B), expected / B[:, None, None])
+
+
+def test_several_right_sides_take_one_factorization_and_stop_on_their_own():
+    made = []
+    op = matrix_operator(A)
+
+    def bind(A):
+        def dense():
+            made.append(1)
+            return A
+
+        return op.bind(A)._replace(dense=dense)
+
+    linear_solve(dataclasses.replace(op, bind=bind), torch.eye(2, dtype=F64))
+    assert len(made) == 1
+    S = torch.diag(torch.linspace(1, 2, 10, dtype=F64))
+    Bs = torch.stack([torch.ones(10, dtype=F64), S[0], 0 * S[0]], 1)
+    x, stats = linear_solve(matrix_operator(S, tags=["positive_definite"]), Bs, CG(), has_aux=True)
+    assert torch.allclose(S @ x, Bs, rtol=1e-9)
+    assert stats.steps.tolist()[1:] == [1, 0]
+    assert stats.steps[0] > 5
+    _, warm = linear_solve(matrix_operator(S, tags=["positive_definite"]), Bs, CG(), init=x, has_aux=True)
+    assert warm.steps.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"init must have shape \(10, 3\)"):
+        linear_solve(S, Bs, GMRES(), init=x[:, :1])
+
+
+def test_statistics_tell_how_it_went_and_carry_no_gradient():
+    x, stats = linear_solve(A, B, GMRES(rtol=1e-13), has_aux=True)
+    assert close(x, torch.linalg.solve(A, B))
+    assert stats.converged.dtype == torch.bool
+    assert stats.steps.dtype == torch.int64
+    assert stats.steps == 2
+    assert stats.residual <= 1e-13
+    leaf = A.clone().requires_grad_()
+    _, stats = linear_solve(leaf, B, Dense(), has_aux=True)
+    assert not stats.residual.requires_grad
+    for derivative in (jacrev, jacfwd):
+        assert torch.equal(derivative(lambda A: linear_solve(A, B, has_aux=True)[1].residual)(A), torch.zeros_like(A))
+    _, failed = linear_solve(A, B, GMRES(restart=1, max_restarts=1), has_aux=True, throw=False)
+    assert not failed.converged
+    assert failed.residual > 0.01
+    x, stats = vmap(lambda b: linear_solve(A, b, has_aux=True))(torch.stack([B, 0 * B]))
+    assert stats.converged.tolist() == [True, True]
+    assert stats.residual.shape == (2,)
+    empty = torch.ones(0, dtype=F64)
+    assert linear_solve(torch.ones(0, 0, dtype=F64), empty, has_aux=True)[1].converged
+
+
+def test_a_solver_may_say_only_whether_it_converged():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        good: bool
+
+        def solve(self, bound, b, x, tags):
+            return torch.linalg.solve(bound.dense(), b), torch.tensor(self.good)
+
+        def transposed(self):
+            return self
+
+    x, stats = linear_solve(A, B, Own(True), has_aux=True)
+    assert close(x, torch.linalg.solve(A, B))
+    assert stats.converged
+    with pytest.raises(LinearSolveError, match="Own did not solve"):
+        linear_solve(A, B, Own(False))
+
+
+def test_columns_of_a_wrong_kind_raise():
+    with pytest.raises(TypeError, match=r"b must be torch.float64 on cpu"):
+        linear_solve(A, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="b must have 2 elements; got 6"):
+        linear_solve(A, torch.ones(3, 2, dtype=F64))
+    op = matrix_operator(A, domain=B[:, None], codomain=B[:, None])
+    with pytest.raises(ValueError, match="b must have 2 elements; got 6"):
+        linear_solve(op, torch.ones(2, 3, dtype=F64))
