@@ -1,33 +1,46 @@
 """Solvers in SciPy's verbs, their solutions differentiable by the adjoint of your choice."""
 
+from diffopt.solvers.admm import ADMM
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.bfgs import BFGS
+from diffopt.solvers.block_coordinate import BlockCoordinateDescent
+from diffopt.solvers.bracketing import Bisection, Brent
 from diffopt.solvers.broyden import Broyden
+from diffopt.solvers.frank_wolfe import FrankWolfe
 from diffopt.solvers.gradient_descent import GradientDescent
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
 from diffopt.solvers.line_search import Backtracking, HagerZhang, LineSearch, Zoom
 from diffopt.solvers.minimize import minimize
+from diffopt.solvers.mirror_descent import Mirror, MirrorDescent, entropy_mirror
 from diffopt.solvers.newton import Chord, Newton
 from diffopt.solvers.nonlinear_cg import NonlinearCG
 from diffopt.solvers.objective import Objective
 from diffopt.solvers.proximal_gradient import ProximalGradient
 from diffopt.solvers.root import root
+from diffopt.solvers.root_scalar import root_scalar
 from diffopt.solvers.scipy_minimize import SciPyMinimize
 from diffopt.solvers.scipy_root import SciPyRoot
 from diffopt.solvers.solution import Solution, SolverError, Stats
 
 __all__ = [
+    "ADMM",
     "BFGS",
     "LBFGS",
     "LBFGSB",
     "AugmentedLagrangian",
     "Backtracking",
+    "Bisection",
+    "BlockCoordinateDescent",
+    "Brent",
     "Broyden",
     "Chord",
+    "FrankWolfe",
     "GradientDescent",
     "HagerZhang",
     "LineSearch",
+    "Mirror",
+    "MirrorDescent",
     "Newton",
     "NonlinearCG",
     "Objective",
@@ -38,6 +51,8 @@ __all__ = [
     "SolverError",
     "Stats",
     "Zoom",
+    "entropy_mirror",
     "minimize",
     "root",
+    "root_scalar",
 ]
