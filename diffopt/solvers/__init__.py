@@ -1,11 +1,14 @@
 """Solvers in SciPy's verbs, their solutions differentiable by the adjoint of your choice."""
 
 from diffopt.solvers.admm import ADMM
+from diffopt.solvers.anderson import Anderson
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.bfgs import BFGS
 from diffopt.solvers.block_coordinate import BlockCoordinateDescent
 from diffopt.solvers.bracketing import Bisection, Brent
 from diffopt.solvers.broyden import Broyden
+from diffopt.solvers.fixed_point import fixed_point
+from diffopt.solvers.fixed_point_iteration import FixedPointIteration
 from diffopt.solvers.frank_wolfe import FrankWolfe
 from diffopt.solvers.gradient_descent import GradientDescent
 from diffopt.solvers.lbfgs import LBFGS
@@ -22,12 +25,16 @@ from diffopt.solvers.root_scalar import root_scalar
 from diffopt.solvers.scipy_minimize import SciPyMinimize
 from diffopt.solvers.scipy_root import SciPyRoot
 from diffopt.solvers.solution import Solution, SolverError, Stats
+from diffopt.solvers.squarem import SQUAREM, Aitken
 
 __all__ = [
     "ADMM",
     "BFGS",
     "LBFGS",
     "LBFGSB",
+    "SQUAREM",
+    "Aitken",
+    "Anderson",
     "AugmentedLagrangian",
     "Backtracking",
     "Bisection",
@@ -35,6 +42,7 @@ __all__ = [
     "Brent",
     "Broyden",
     "Chord",
+    "FixedPointIteration",
     "FrankWolfe",
     "GradientDescent",
     "HagerZhang",
@@ -52,6 +60,7 @@ __all__ = [
     "Stats",
     "Zoom",
     "entropy_mirror",
+    "fixed_point",
     "minimize",
     "root",
     "root_scalar",

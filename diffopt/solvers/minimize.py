@@ -103,6 +103,11 @@ def minimize(
     problem = functools.partial(_objective, fn, prox, bounds, equality, inequality, tree.map(torch.detach, init))
 
     def optimality(y: Tree, *args: Tree) -> Tree:
+        if structure is None and getattr(solver, "hides_set", False):
+            raise ValueError(
+                f"the set of {type(solver).__name__} is hidden from minimize: give projection= onto the same set, by "
+                "which its solution is differentiated, or use adjoint=Unrolled() or Detached()"
+            )
         vector, unravel = tree.ravel(y)
         return unravel(problem(unravel, args).optimality(vector))
 
@@ -122,7 +127,7 @@ def minimize(
 
 _ADVICE = {
     "bounds": "use LBFGSB() or ProximalGradient()",
-    "prox": "use ProximalGradient()",
+    "prox": "use ProximalGradient(), ADMM() or BlockCoordinateDescent()",
     "constraints": "use AugmentedLagrangian()",
 }
 
