@@ -56,9 +56,9 @@ class AugmentedLagrangian:
     Example:
         >>> from diffopt.solvers import minimize
         >>> f, h = lambda x: (x**2).sum(), lambda x: x.sum() - 2
-        >>> solution = minimize(f, torch.zeros(2), equality=h, solver=AugmentedLagrangian())
+        >>> solution = minimize(f, torch.zeros(2), equality=h, solver=AugmentedLagrangian(), atol=1e-6)
         >>> solution.value, solution.dual[0]
-        (tensor([1., 1.]), tensor(-2.))
+        (tensor([1.0000, 1.0000]), tensor(-2.0000))
 
     References:
         Nocedal and Wright (2006), Numerical Optimization, algorithm 17.4. Birgin and Martinez (2014), Practical

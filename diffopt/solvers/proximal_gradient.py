@@ -13,7 +13,7 @@ from torch import Tensor
 from diffopt.autodiff import while_loop
 from diffopt.solvers.objective import Objective
 
-__all__ = ["ProximalGradient", "ProximalGradientState"]
+__all__ = ["ProximalGradient", "ProximalGradientState", "proximal_step"]
 
 
 class ProximalGradientState(NamedTuple):
@@ -33,10 +33,16 @@ class ProximalGradient:
 
     .. math:: x_{k+1} = \operatorname{prox}_{\eta g}(y_k - \eta \nabla f(y_k))
 
+    Without `step_size`, each step begins with one and a half times the step size before, and halves it until the
+    quadratic model lies above the function.
+
     Args:
         step_size: :math:`\eta`, at most :math:`1 / L`; None searches for it by backtracking.
         accelerate: Whether to extrapolate; if not, that is ISTA.
         max_backtracks: The most halvings of the step size in a step.
+
+    Raises:
+        ValueError: If `step_size` is not positive, or `max_backtracks` not a positive int.
 
     Example:
         >>> from diffopt.solvers import minimize
@@ -55,45 +61,57 @@ class ProximalGradient:
 
     handles = ("prox", "bounds")
 
+    def __post_init__(self):
+        check_step_size(self.step_size, self.max_backtracks)
+
     def init(self, fn: Any, x: Tensor) -> ProximalGradientState:
         """The state at the start."""
         objective = Objective.of(fn)
         one = x.new_ones(())
         size = one if self.step_size is None else torch.as_tensor(self.step_size, dtype=x.dtype, device=x.device)
-        x = _prox(objective, x, 0.0 * one) if objective.prox is None else x
-        residual = objective.optimality(x)
-        return ProximalGradientState(x, residual, torch.zeros_like(one, dtype=torch.bool), x, one, size)
+        x = objective.clip(x)
+        no = torch.zeros_like(one, dtype=torch.bool)
+        return ProximalGradientState(x, objective.optimality(x), no, x, one, size)
 
     def step(self, fn: Any, state: ProximalGradientState) -> ProximalGradientState:
         """The state after one step."""
         objective = Objective.of(fn)
         value, slope = objective.value_and_grad(state.y)
-        size = state.step_size if self.step_size is not None else self._searched(objective, state, value, slope)
-        x = _prox(objective, state.y - size * slope, size)
+        size, failed = state.step_size, ~state.step_size.isfinite()
+        if self.step_size is None:
+            size, failed = self._searched(objective, state, value, slope)
+        x = proximal_step(objective, state.y, slope, size)
         t = (1 + (1 + 4 * state.t**2).sqrt()) / 2 if self.accelerate else state.t
         y = x + (state.t - 1) / t * (x - state.x)
         restart = ((state.y - x) * (x - state.x)).sum() > 0
         y, t = torch.where(restart, x, y), torch.where(restart, torch.ones_like(t), t)
-        failed = ~size.isfinite() | (size == 0)
         return ProximalGradientState(x, objective.optimality(x), failed, y, t, size)
 
-    def _searched(self, objective: Objective, state: ProximalGradientState, value: Tensor, slope: Tensor) -> Tensor:
-        """The largest tried step size at which the quadratic model lies above the function."""
+    def _searched(self, objective: Objective, state: ProximalGradientState, value: Tensor, slope: Tensor):
+        """The largest tried step size at which the quadratic model lies above the function; whether none does."""
 
         def excess(size):
-            d = _prox(objective, state.y - size * slope, size) - state.y
+            d = proximal_step(objective, state.y, slope, size) - state.y
             rounding = 10 * torch.finfo(value.dtype).eps * value.abs()
-            return objective(state.y + d) - (value + slope @ d + (d @ d) / (2 * size)) > rounding
-
-        size = state.step_size * 1.5
-        carry = size, excess(size)
+            return ~(objective(state.y + d) - (value + slope @ d + (d @ d) / (2 * size)) <= rounding)
 
         def halved(carry):
             size = carry[0] / 2
             return size, excess(size)
 
-        return while_loop(lambda carry: carry[1], halved, carry, max_steps=self.max_backtracks)[0]
+        size = state.step_size * 1.5
+        return while_loop(lambda carry: carry[1], halved, (size, excess(size)), max_steps=self.max_backtracks)
 
 
-def _prox(objective: Objective, x: Tensor, scaling: Tensor) -> Tensor:
-    return objective.clip(x) if objective.prox is None else objective.prox(x, scaling)
+def proximal_step(objective: Objective, x: Tensor, slope: Tensor, size: Tensor) -> Tensor:
+    """A gradient step, and the proximal operator or the bounds after it."""
+    moved = x - size * slope
+    return objective.clip(moved) if objective.prox is None else objective.prox(moved, size)
+
+
+def check_step_size(step_size: Any, max_backtracks: int) -> None:
+    """Raise unless a step size is positive, a tensor or None, and the number of backtracks an int."""
+    if step_size is not None and not isinstance(step_size, Tensor) and not step_size > 0:
+        raise ValueError(f"step_size must be positive, or None to search for it; got {step_size!r}")
+    if not isinstance(max_backtracks, int) or max_backtracks < 1:
+        raise ValueError(f"max_backtracks must be a positive int; got {max_backtracks!r}")
