@@ -10,15 +10,19 @@ from diffopt.solvers.broyden import Broyden
 from diffopt.solvers.fixed_point import fixed_point
 from diffopt.solvers.fixed_point_iteration import FixedPointIteration
 from diffopt.solvers.frank_wolfe import FrankWolfe
+from diffopt.solvers.golden_section import GoldenSection
 from diffopt.solvers.gradient_descent import GradientDescent
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
 from diffopt.solvers.line_search import Backtracking, HagerZhang, LineSearch, Zoom
 from diffopt.solvers.minimize import minimize
 from diffopt.solvers.mirror_descent import Mirror, MirrorDescent, entropy_mirror
+from diffopt.solvers.nelder_mead import NelderMead
 from diffopt.solvers.newton import Chord, Newton
+from diffopt.solvers.newton_cg import NewtonCG
 from diffopt.solvers.nonlinear_cg import NonlinearCG
 from diffopt.solvers.objective import Objective
+from diffopt.solvers.optimizer_solver import FromOptimizer
 from diffopt.solvers.proximal_gradient import ProximalGradient
 from diffopt.solvers.root import root
 from diffopt.solvers.root_scalar import root_scalar
@@ -26,6 +30,7 @@ from diffopt.solvers.scipy_minimize import SciPyMinimize
 from diffopt.solvers.scipy_root import SciPyRoot
 from diffopt.solvers.solution import Solution, SolverError, Stats
 from diffopt.solvers.squarem import SQUAREM, Aitken
+from diffopt.solvers.trust_region import TrustRegion
 
 __all__ = [
     "ADMM",
@@ -44,12 +49,16 @@ __all__ = [
     "Chord",
     "FixedPointIteration",
     "FrankWolfe",
+    "FromOptimizer",
+    "GoldenSection",
     "GradientDescent",
     "HagerZhang",
     "LineSearch",
     "Mirror",
     "MirrorDescent",
+    "NelderMead",
     "Newton",
+    "NewtonCG",
     "NonlinearCG",
     "Objective",
     "ProximalGradient",
@@ -58,6 +67,7 @@ __all__ = [
     "Solution",
     "SolverError",
     "Stats",
+    "TrustRegion",
     "Zoom",
     "entropy_mirror",
     "fixed_point",
