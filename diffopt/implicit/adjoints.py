@@ -20,6 +20,7 @@ from diffopt.autodiff import hoist, unroll
 from diffopt.autodiff.levels import unwrap_lanes
 from diffopt.implicit.decorators import custom_root
 from diffopt.linalg import LinearSolver
+from diffopt.linalg.solve import check_solver
 from diffopt.typing import Tree
 
 __all__ = ["Adjoint", "Detached", "Equation", "Implicit", "OneStep", "Solve", "Unrolled"]
@@ -31,7 +32,8 @@ class Equation:
 
     Args:
         residual: `F(x, *args)`, shaped like `x`, zero at the solution.
-        symmetric: Whether its Jacobian in `x` is symmetric positive definite, as at a minimizer.
+        symmetric: Whether its Jacobian in `x` is symmetric positive definite, as at a minimizer; then one solve serves
+            both modes, and `CG` serves. Not so for `proximal_map`, `projected_map` and `kkt_map`.
     """
 
     residual: Callable[..., Tree]
@@ -40,6 +42,11 @@ class Equation:
 
 class Solve(Protocol):
     """A solver at work, as functions of `init` and the arguments that capture nothing they change."""
+
+    @property
+    def unrollable(self) -> bool:
+        """Whether the steps have a derivative at all."""
+        ...
 
     @property
     def truncatable(self) -> bool:
@@ -96,6 +103,9 @@ class Implicit:
 
     linear_solver: LinearSolver | None = None
 
+    def __post_init__(self):
+        check_solver(self.linear_solver, "linear_solver")
+
     def solve(self, run, equation, init, args, *, batching="vmap"):
         """See `Adjoint`."""
         decorate = custom_root(
@@ -114,6 +124,9 @@ class Unrolled:
 
     .. math:: \partial x_{k+1} = \partial_x s\,\partial x_k + \partial_\theta s
 
+    Right also where the solver did not converge; without `truncate`, the start carries gradient, too. Choices that the
+    steps make (step sizes found by halving, when to stop) are constants.
+
     Args:
         checkpoint: None stores every step; "sqrt", "log" or an int store fewer carries and compute steps again, as in
             `unroll`. The solve then runs twice: first to count its steps.
@@ -129,13 +142,17 @@ class Unrolled:
     truncate: int | None = None
 
     def __post_init__(self):
-        if self.truncate is not None and not (isinstance(self.truncate, int) and self.truncate >= 1):
+        if self.truncate is not None and not _positive_int(self.truncate):
             raise ValueError(f"truncate must be None or a positive int; got {self.truncate!r}")
+        if self.checkpoint not in (None, "sqrt", "log") and not _positive_int(self.checkpoint):
+            raise ValueError(f'checkpoint must be None, "sqrt", "log" or a positive int; got {self.checkpoint!r}')
 
     def solve(self, run, equation, init, args, *, batching="vmap"):
         """See `Adjoint`."""
         if batching == "sequential":
             raise ValueError("this solver's steps are not torch operations and cannot be unrolled: use Implicit()")
+        if not run.unrollable:
+            raise ValueError("this solver compares values, and its steps have no derivative: use Implicit()")
         if self.truncate is not None and not run.truncatable:
             raise ValueError(
                 "this solver learns the curvature from its steps, which at a solution are rounding errors, so the last "
@@ -163,10 +180,13 @@ class OneStep:
     .. math:: x^\star - \eta\,F(x^\star, \theta), \qquad \partial x^\star \approx -\,\eta\,\partial_\theta F
 
     Of a fixed point, and with :math:`\eta = 1`, that is the derivative of :math:`T(x^\star, \theta)`. No system is
-    solved; the error is proportional to the rate :math:`\rho` at which that iteration contracts.
+    solved; the relative error is the rate :math:`|I - \eta\,\partial_x F|` at which that iteration contracts.
 
     Args:
-        step_size: :math:`\eta`; for a minimizer about the inverse of the curvature.
+        step_size: :math:`\eta`. The default is for fixed points, and for projections and proximal operators with a
+            smooth part of curvature about 1. Of `root` and `minimize` the equation is as you scaled it: give
+            :math:`1 / L` for a minimizer of curvature up to `L`, or :math:`2 / (L + m)` for one between `m` and `L`,
+            or the error is no smaller than the derivative.
 
     References:
         Bolte, Pauwels and Vaiter (2023), One-step differentiation of iterative algorithms, eq. 4.
@@ -178,7 +198,8 @@ class OneStep:
         """See `Adjoint`."""
         x, aux = Detached().solve(run, equation, init, args, batching=batching)
         residual = equation.residual(x, *args)
-        return tree.map(lambda x, r: x - self.step_size * r, x, residual), aux
+        # the value stays the solver's: what is left of the residual there is no part of it
+        return tree.map(lambda x, r: x - self.step_size * (r - r.detach()), x, residual), aux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +212,10 @@ class Detached:
         decorate = custom_root(_no_equation, has_aux=True, batching=batching)
         x, aux = decorate(run)(init, *args)
         return tree.map(torch.detach, x), aux
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _no_equation(x: Tree, *args: Any, **kwargs: Any) -> Tree:

@@ -5,15 +5,19 @@ from diffopt.solvers.anderson import Anderson
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.bfgs import BFGS
 from diffopt.solvers.block_coordinate import BlockCoordinateDescent
-from diffopt.solvers.bracketing import Bisection, Brent
+from diffopt.solvers.bracketing import Bisection, Brent, ScalarEquation
 from diffopt.solvers.broyden import Broyden
+from diffopt.solvers.dogleg import Dogleg
 from diffopt.solvers.fixed_point import fixed_point
 from diffopt.solvers.fixed_point_iteration import FixedPointIteration
 from diffopt.solvers.frank_wolfe import FrankWolfe
+from diffopt.solvers.gauss_newton import GaussNewton
 from diffopt.solvers.golden_section import GoldenSection
 from diffopt.solvers.gradient_descent import GradientDescent
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
+from diffopt.solvers.least_squares import least_squares
+from diffopt.solvers.levenberg_marquardt import LevenbergMarquardt
 from diffopt.solvers.line_search import Backtracking, HagerZhang, LineSearch, Zoom
 from diffopt.solvers.minimize import minimize
 from diffopt.solvers.mirror_descent import Mirror, MirrorDescent, entropy_mirror
@@ -24,8 +28,10 @@ from diffopt.solvers.nonlinear_cg import NonlinearCG
 from diffopt.solvers.objective import Objective
 from diffopt.solvers.optimizer_solver import FromOptimizer
 from diffopt.solvers.proximal_gradient import ProximalGradient
+from diffopt.solvers.residuals import Residuals
 from diffopt.solvers.root import root
 from diffopt.solvers.root_scalar import root_scalar
+from diffopt.solvers.scipy_least_squares import SciPyLeastSquares
 from diffopt.solvers.scipy_minimize import SciPyMinimize
 from diffopt.solvers.scipy_root import SciPyRoot
 from diffopt.solvers.solution import Solution, SolverError, Stats
@@ -47,12 +53,15 @@ __all__ = [
     "Brent",
     "Broyden",
     "Chord",
+    "Dogleg",
     "FixedPointIteration",
     "FrankWolfe",
     "FromOptimizer",
+    "GaussNewton",
     "GoldenSection",
     "GradientDescent",
     "HagerZhang",
+    "LevenbergMarquardt",
     "LineSearch",
     "Mirror",
     "MirrorDescent",
@@ -62,6 +71,9 @@ __all__ = [
     "NonlinearCG",
     "Objective",
     "ProximalGradient",
+    "Residuals",
+    "ScalarEquation",
+    "SciPyLeastSquares",
     "SciPyMinimize",
     "SciPyRoot",
     "Solution",
@@ -71,6 +83,7 @@ __all__ = [
     "Zoom",
     "entropy_mirror",
     "fixed_point",
+    "least_squares",
     "minimize",
     "root",
     "root_scalar",

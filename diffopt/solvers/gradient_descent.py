@@ -38,8 +38,8 @@ class GradientDescent:
 
     Example:
         >>> from diffopt.solvers import minimize
-        >>> minimize(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2), solver=GradientDescent(0.3)).value
-        tensor([3.0000, 3.0000])
+        >>> minimize(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2), solver=GradientDescent(0.5)).value
+        tensor([3., 3.])
 
     References:
         Nocedal and Wright (2006), Numerical Optimization, section 3.3.

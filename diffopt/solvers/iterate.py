@@ -48,8 +48,8 @@ class Solver(Protocol):
     """What a solver is: a value with these two pure methods, on flat vectors.
 
     A class may say more: `handles`, the structures of `minimize` that it takes; `batching = "sequential"`, if its steps
-    are not torch operations; `truncatable = False`, if a step at a solution has no meaningful derivative; and a method
-    `result(state, code)`, which refines how a run ended.
+    are not torch operations; `truncatable = False`, if a step at a solution has no meaningful derivative; `unrollable =
+    False`, if no step has one; and a method `result(state, code)`, which refines how a run ended.
     """
 
     def init(self, fn: Callable[..., Any], x: Tensor) -> Any:
@@ -113,6 +113,11 @@ class Iteration:
     solver: Any
     problem: Callable[[Callable[[Tensor], Tree], tuple], Callable[..., Any]]
     settings: dict[str, Any]
+
+    @property
+    def unrollable(self) -> bool:
+        """Whether the steps have a derivative at all."""
+        return getattr(self.solver, "unrollable", True)
 
     @property
     def truncatable(self) -> bool:

@@ -14,9 +14,9 @@ from diffopt.solvers.objective import Objective
 __all__ = ["SciPyMinimize", "SciPyMinimizeState"]
 
 _SECOND_ORDER = frozenset({"newton-cg", "trust-ncg", "trust-krylov", "trust-constr"})
-_GRADIENT_FREE = frozenset({"nelder-mead", "powell", "cobyla", "cobyqa"})
+_GRADIENT_FREE = frozenset({"nelder-mead", "powell", "cobyqa"})
 _GRADIENT = frozenset({"cg", "bfgs", "l-bfgs-b", "tnc", "slsqp"})
-_BOUNDED = frozenset({"nelder-mead", "powell", "cobyla", "cobyqa", "l-bfgs-b", "tnc", "slsqp", "trust-constr"})
+_BOUNDED = frozenset({"nelder-mead", "powell", "cobyqa", "l-bfgs-b", "tnc", "slsqp", "trust-constr"})
 _TIGHT = {
     "cg": {"gtol": 1e-10},
     "bfgs": {"gtol": 1e-10},
@@ -129,10 +129,9 @@ def _as_numpy(x: Tensor) -> np.ndarray:
 def _bounds(objective: Objective, x: Tensor) -> Any:
     if objective.structure is None:
         return None
-    import scipy.optimize
 
     lower, upper = (
         np.full(x.numel(), infinite) if bound is None else _as_numpy(bound)
         for bound, infinite in ((objective.lower, -np.inf), (objective.upper, np.inf))
     )
-    return scipy.optimize.Bounds(lower, upper)
+    return np.stack([lower, upper], axis=1)
