@@ -2,6 +2,7 @@
 
 from diffopt.implicit.adjoints import Adjoint, Detached, Equation, Implicit, OneStep, Unrolled
 from diffopt.implicit.decorators import custom_fixed_point, custom_root
+from diffopt.implicit.diagnostics import Diagnosis, diagnose
 from diffopt.implicit.optimality import (
     KKT,
     fixed_point_map,
@@ -16,12 +17,14 @@ __all__ = [
     "KKT",
     "Adjoint",
     "Detached",
+    "Diagnosis",
     "Equation",
     "Implicit",
     "OneStep",
     "Unrolled",
     "custom_fixed_point",
     "custom_root",
+    "diagnose",
     "fixed_point_map",
     "kkt_map",
     "projected_map",

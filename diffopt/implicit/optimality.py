@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import grad, vjp
+from diffopt.autodiff import grad
 from diffopt.typing import Tree
 
 __all__ = ["KKT", "fixed_point_map", "kkt_map", "projected_map", "proximal_map", "stationarity_map"]
@@ -159,16 +159,14 @@ def kkt_map(
     """
 
     def residual(point: KKT, *args: Tree) -> KKT:
-        slope = grad(fn)(point.primal, *args)
-        values: list[Tree] = []
-        for constraint, multipliers in ((equality, point.equality), (inequality, point.inequality)):
-            if constraint is None:
-                values.append(())
-                continue
-            value, pull = vjp(lambda x, constraint=constraint: constraint(x, *args), point.primal)
-            slope = tree.add(slope, pull(multipliers)[0])
-            values.append(value)
-        natural = tree.map(lambda mu, g: mu - (mu + g).clamp(min=0), point.inequality, values[1])
-        return KKT(slope, values[0], natural)
+        def lagrangian(x: Tree) -> Tensor:
+            value = fn(x, *args)
+            for constraint, multipliers in ((equality, point.equality), (inequality, point.inequality)):
+                value = value if constraint is None else value + tree.vdot(multipliers, constraint(x, *args))
+            return value
+
+        slope = grad(lagrangian)(point.primal)
+        h, c = (() if g is None else g(point.primal, *args) for g in (equality, inequality))
+        return KKT(slope, h, tree.map(lambda mu, c: mu - (mu + c).clamp(min=0), point.inequality, c))
 
     return residual
