@@ -1,0 +1,117 @@
+r"""`least_squares`: minimize a sum of squares, possibly in a box, and differentiate the minimizer.
+
+.. math:: x^\star(\theta) \in \arg\min_{l \le x \le u} \tfrac12 \|r(x, \theta)\|^2
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.solvers.iterate import Norm, Solver, options
+from diffopt.solvers.levenberg_marquardt import LevenbergMarquardt
+from diffopt.solvers.residuals import Residuals
+from diffopt.solvers.solution import Solution
+from diffopt.solvers.verb import solve
+from diffopt.typing import Tree
+
+__all__ = ["least_squares"]
+
+
+def least_squares(
+    fn: Callable[..., Tree],
+    init: Tree,
+    args: tuple = (),
+    *,
+    solver: Solver | None = None,
+    bounds: tuple[Tree, Tree] | None = None,
+    adjoint: Adjoint | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    norm: Norm = "max",
+    max_steps: int = 1000,
+    throw: bool | None = None,
+    callback: Callable[[Any], None] | None = None,
+    history: bool = False,
+) -> Solution:
+    r"""Minimize :math:`\tfrac12 \|r(x, \theta)\|^2` in `x`.
+
+    .. math:: \|J^\top r\| \le \text{atol} + \text{rtol}\,\|J_0^\top r_0\|, \qquad
+              \text{in a box} \quad \|x - P(x - J^\top r)\| \le \ldots
+
+    Composes with every transform. Under `vmap` each lane stops on its own.
+
+    Args:
+        fn: `r(x, *args)`, the residuals, any tree of tensors.
+        init: Where to start, a tree of floating-point tensors of one dtype; it carries no gradient.
+        args: Further arguments, trees; these, and what `fn` captures, are differentiated.
+        solver: `LevenbergMarquardt()` by default, or `GaussNewton()`, `Dogleg()`, `SciPyLeastSquares()`.
+        bounds: `(lower, upper)`, each a tree like `init`, a tensor, a number, or None; they carry gradient.
+        adjoint: How the solution is differentiated; `Implicit()` by default, with the full Hessian of the sum of
+            squares.
+        rtol: Relative tolerance; None is :math:`\varepsilon^{2/3}` of the dtype.
+        atol: Absolute tolerance; None is :math:`\varepsilon^{1/2}`.
+        norm: "max", "rms", "l2", or a function of the residual.
+        max_steps: The most steps.
+        throw: Whether to raise where a lane fails; by default in eager code. Without, the best iterate is returned.
+        callback: Called with the solver's state after every step.
+        history: Whether to record the norm of every step, in `stats.history`.
+
+    Returns:
+        The solution; `state.value` is half the sum of squares.
+
+    Raises:
+        SolverError: If a lane did not converge, and `throw` is not False.
+        ValueError: If `bounds` is not a pair, or the solver does not take bounds.
+
+    Example:
+        >>> x, y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0])
+        >>> line = lambda p, x, y: p["slope"] * x + p["offset"] - y
+        >>> init = {"slope": torch.tensor(0.0), "offset": torch.tensor(0.0)}
+        >>> least_squares(line, init, (x, y)).value
+        {'offset': tensor(1.0000), 'slope': tensor(2.0000)}
+
+    References:
+        Nocedal and Wright (2006), Numerical Optimization, chapter 10.
+    """
+    settings = options(rtol, atol, norm, max_steps, callback, history)
+    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
+        raise ValueError(f"bounds must be a pair (lower, upper), each possibly None; got {bounds!r}")
+    boxed = bounds is not None and any(b is not None for b in bounds)
+    solver = LevenbergMarquardt() if solver is None else solver
+    if boxed and "bounds" not in getattr(solver, "handles", ()):
+        raise ValueError(f"{type(solver).__name__} cannot handle bounds; use LevenbergMarquardt()")
+    example = tree.map(torch.detach, init)
+    problem = functools.partial(_residuals, fn, bounds if boxed else (None, None), example)
+
+    def optimality(x: Tree, *args: Tree) -> Tree:
+        vector, unravel = tree.ravel(x)
+        at = problem(unravel, args)
+        return unravel(at.optimality(vector, at.linearized(vector, False).slope))
+
+    return solve(
+        "least_squares", solver, problem, Equation(optimality, symmetric=not boxed), init, args,
+        adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,
+    )  # fmt: skip
+
+
+def _residuals(fn, bounds, init: Tree, unravel: Callable, args: tuple) -> Residuals:
+    def errors(x):
+        return tree.ravel(fn(unravel(x), *args))[0]
+
+    return Residuals(errors, *(_bound(bound, init) for bound in bounds))
+
+
+def _bound(bound: Tree, init: Tree) -> Tensor | None:
+    """A bound as a vector; a number, or a tensor for a tree, holds for every leaf."""
+    if bound is None:
+        return None
+    if isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and not isinstance(init, Tensor)):
+        bound = tree.map(lambda x: torch.as_tensor(bound), init)
+    return tree.ravel(
+        tree.map(lambda x, b: torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(x.shape), init, bound)
+    )[0]
