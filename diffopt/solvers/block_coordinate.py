@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import value_and_grad, while_loop
+from diffopt.autodiff import value_and_grad
 from diffopt.solvers.objective import Objective
-from diffopt.solvers.proximal_gradient import check_step_size
+from diffopt.solvers.proximal_gradient import check_step_size, search_step_size
 
 __all__ = ["BlockCoordinateDescent", "BlockCoordinateState"]
 
@@ -98,27 +98,17 @@ class BlockCoordinateDescent:
             return torch.cat([x[: block.start], part, x[block.stop :]])
 
         part = x[block]
-        value, slope = value_and_grad(lambda part: objective(replaced(part)))(part)
+        on_block = value_and_grad(lambda part: objective(replaced(part)))
+        value, slope = on_block(part)
 
-        def target(size):
+        def move(size):
             moved = replaced(part - size * slope)
             return (objective.clip(moved) if objective.prox is None else objective.prox(moved, size))[block]
 
-        def excess(size):
-            d = target(size) - part
-            rounding = 10 * torch.finfo(value.dtype).eps * value.abs()
-            return ~(objective(replaced(part + d)) - (value + slope @ d + (d @ d) / (2 * size)) <= rounding)
-
-        def halved(carry):
-            size = carry[0] / 2
-            return size, excess(size)
-
-        failed = ~step_size.isfinite()
-        if self.step_size is None:
-            first = 1.5 * step_size
-            search = first, excess(first)
-            step_size, failed = while_loop(lambda carry: carry[1], halved, search, max_steps=self.max_backtracks)
-        return replaced(target(step_size)), step_size, failed
+        if self.step_size is not None:
+            return replaced(move(step_size)), step_size, ~step_size.isfinite()
+        tried = search_step_size(on_block, move, part, value, slope, 1.5 * step_size, self.max_backtracks)
+        return replaced(tried.x), tried.step_size, tried.failed
 
     def _sizes(self, objective: Objective, x: Tensor) -> Sequence[int]:
         if self.blocks is None:

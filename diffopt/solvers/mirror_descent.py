@@ -141,21 +141,21 @@ class MirrorDescent:
         def moved(size):
             return from_dual(dual - size * slope)
 
-        def poor(size):
-            new = moved(size)
-            rounding = 10 * torch.finfo(value.dtype).eps * value.abs()
-            return ~(objective(new) <= value + slope @ (new - x) / 2 + rounding)
-
-        def halved(carry):
-            size = carry[0] / 2
-            return size, poor(size)
+        def tried(size):
+            d = moved(size) - x
+            along = slope @ d
+            visible = -along > 1e3 * torch.finfo(value.dtype).eps * value.abs()
+            return size, visible & ~(objective(x + d) <= value + along / 2), visible
 
         size = self.step_size(state.count) if callable(self.step_size) else state.step_size
         size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
         failed = ~size.isfinite()
         if self.step_size is None:
-            search = 1.5 * size, poor(1.5 * size)
-            size, failed = while_loop(lambda carry: carry[1], halved, search, max_steps=self.max_backtracks)
+            first = tried(1.5 * size)
+            halved, failed, visible = while_loop(
+                lambda last: last[1], lambda last: tried(last[0] / 2), first, max_steps=self.max_backtracks
+            )
+            size = torch.where(visible, halved, size)  # where rounding hides the decrease, the size stays
         new = moved(size)
         return MirrorDescentState(new, objective.optimality(new), failed, size, state.count + 1)
 

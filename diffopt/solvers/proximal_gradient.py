@@ -5,6 +5,7 @@ r"""Proximal gradient descent, accelerated: for a smooth function plus one whose
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from diffopt.autodiff import while_loop
 from diffopt.solvers.objective import Objective
 
-__all__ = ["ProximalGradient", "ProximalGradientState", "proximal_step"]
+__all__ = ["ProximalGradient", "ProximalGradientState"]
 
 
 class ProximalGradientState(NamedTuple):
@@ -47,7 +48,8 @@ class ProximalGradient:
     Example:
         >>> from diffopt.solvers import minimize
         >>> soft = lambda x, s: x.sign() * (x.abs() - s).clamp(min=0)
-        >>> minimize(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2), prox=soft, solver=ProximalGradient()).value
+        >>> solver = ProximalGradient()
+        >>> minimize(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2), prox=soft, solver=solver, atol=1e-6).value
         tensor([2.5000, 2.5000])
 
     References:
@@ -77,30 +79,79 @@ class ProximalGradient:
         """The state after one step."""
         objective = Objective.of(fn)
         value, slope = objective.value_and_grad(state.y)
-        size, failed = state.step_size, ~state.step_size.isfinite()
+
+        def move(size):
+            return proximal_step(objective, state.y, slope, size)
+
         if self.step_size is None:
-            size, failed = self._searched(objective, state, value, slope)
-        x = proximal_step(objective, state.y, slope, size)
+            tried = search_step_size(
+                objective.value_and_grad, move, state.y, value, slope, 1.5 * state.step_size, self.max_backtracks
+            )
+        else:
+            x = move(state.step_size)
+            tried = Tried(state.step_size, ~state.step_size.isfinite(), x, objective.value_and_grad(x)[1])
+        x = tried.x
         t = (1 + (1 + 4 * state.t**2).sqrt()) / 2 if self.accelerate else state.t
         y = x + (state.t - 1) / t * (x - state.x)
         restart = ((state.y - x) * (x - state.x)).sum() > 0
         y, t = torch.where(restart, x, y), torch.where(restart, torch.ones_like(t), t)
-        return ProximalGradientState(x, objective.optimality(x), failed, y, t, size)
+        return ProximalGradientState(x, objective.residual(x, tried.slope), tried.failed, y, t, tried.step_size)
 
-    def _searched(self, objective: Objective, state: ProximalGradientState, value: Tensor, slope: Tensor):
-        """The largest tried step size at which the quadratic model lies above the function; whether none does."""
 
-        def excess(size):
-            d = proximal_step(objective, state.y, slope, size) - state.y
-            rounding = 10 * torch.finfo(value.dtype).eps * value.abs()
-            return ~(objective(state.y + d) - (value + slope @ d + (d @ d) / (2 * size)) <= rounding)
+class Tried(NamedTuple):
+    """A step size, whether it is too large, where it leads, and the gradient there."""
 
-        def halved(carry):
-            size = carry[0] / 2
-            return size, excess(size)
+    step_size: Tensor
+    failed: Tensor
+    x: Tensor
+    slope: Tensor
 
-        size = state.step_size * 1.5
-        return while_loop(lambda carry: carry[1], halved, (size, excess(size)), max_steps=self.max_backtracks)
+
+def search_step_size(
+    value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]],
+    move: Callable[[Tensor], Tensor],
+    x: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    first: Tensor,
+    max_backtracks: int,
+) -> Tried:
+    r"""The first of a step size, its half, and so on, at which the quadratic model lies above the function.
+
+    .. math:: f(x + d) - f(x) - \nabla f(x)^\top d \le \frac{|d|^2}{2 \eta}
+
+    Where rounding hides the left side, half of :math:`(\nabla f(x + d) - \nabla f(x))^\top d` stands for it.
+
+    Args:
+        value_and_grad: Of the smooth function.
+        move: Of a step size, where it leads from `x`.
+        x: Where it starts.
+        value: The value there.
+        slope: The gradient there.
+        first: The first step size.
+        max_backtracks: The most halvings.
+
+    Returns:
+        What was tried last; `failed` if it is too large still.
+
+    References:
+        Becker, Candes and Grant (2011), Templates for convex cone problems, section 5.3.
+    """
+    eps = torch.finfo(value.dtype).eps
+
+    def tried(size):
+        new = move(size)
+        d = new - x
+        f, g = value_and_grad(new)
+        bound = (d @ d) / (2 * size)
+        visible = bound > 1e3 * eps * value.abs()
+        left = torch.where(visible, f - value - slope @ d, (g - slope) @ d / 2)
+        rounding = 10 * eps * torch.linalg.vector_norm(slope.detach()) * d.detach().abs().amax()
+        return Tried(size, ~(left <= bound + rounding), new, g)
+
+    return while_loop(
+        lambda last: last.failed, lambda last: tried(last.step_size / 2), tried(first), max_steps=max_backtracks
+    )
 
 
 def proximal_step(objective: Objective, x: Tensor, slope: Tensor, size: Tensor) -> Tensor:
