@@ -97,8 +97,8 @@ class Bisection:
 
     Example:
         >>> from diffopt.solvers import root_scalar
-        >>> root_scalar(lambda x: x**2 - 2, bracket=(0.0, 2.0), solver=Bisection()).value
-        tensor(1.4139)
+        >>> root_scalar(lambda x: x**2 - 2, bracket=(0.0, 2.0), solver=Bisection(), atol=1e-6).value
+        tensor(1.4142)
 
     References:
         Burden and Faires (2011), Numerical analysis, algorithm 2.1.

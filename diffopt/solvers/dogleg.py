@@ -43,8 +43,8 @@ class Dogleg:
     Example:
         >>> from diffopt.solvers import least_squares
         >>> rosenbrock = lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
-        >>> least_squares(rosenbrock, torch.tensor([-1.2, 1.0]), solver=Dogleg()).value
-        tensor([1.0000, 1.0000])
+        >>> least_squares(rosenbrock, torch.tensor([-1.2, 1.0]), solver=Dogleg()).value.round(decimals=2)
+        tensor([1., 1.])
 
     References:
         Powell (1970), A hybrid method for nonlinear equations. Madsen, Nielsen and Tingleff (2004), Methods for

@@ -32,7 +32,7 @@ class FixedPointIteration:
 
     Example:
         >>> from diffopt.solvers import fixed_point
-        >>> fixed_point(torch.cos, torch.tensor(0.5), solver=FixedPointIteration()).value
+        >>> fixed_point(torch.cos, torch.tensor(0.5), solver=FixedPointIteration(), atol=1e-6).value
         tensor(0.7391)
 
     References:

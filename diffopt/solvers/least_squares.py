@@ -72,7 +72,7 @@ def least_squares(
         >>> x, y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0])
         >>> line = lambda p, x, y: p["slope"] * x + p["offset"] - y
         >>> init = {"slope": torch.tensor(0.0), "offset": torch.tensor(0.0)}
-        >>> least_squares(line, init, (x, y)).value
+        >>> least_squares(line, init, (x, y), atol=1e-6).value
         {'offset': tensor(1.0000), 'slope': tensor(2.0000)}
 
     References:

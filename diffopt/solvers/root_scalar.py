@@ -109,7 +109,8 @@ def _on_vectors(equation, lower, upper, expand, unravel: Callable, args: tuple) 
     def of_vector(x):
         return tree.ravel(equation(unravel(x), *args))[0]
 
-    return ScalarEquation(of_vector, *(None if t is None else t.reshape(1) for t in (lower, upper)), expand)
+    lower, upper = (None if t is None else t.reshape(1) for t in (lower, upper))
+    return ScalarEquation(of_vector, lower, upper, expand)
 
 
 def _placed(init, bracket, others: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

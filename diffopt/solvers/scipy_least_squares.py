@@ -77,9 +77,11 @@ class SciPyLeastSquares:
             math.inf if problem.upper is None else array(problem.upper),
         )
         tight = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
+        jacobian: Any = lambda x: array(problem.linearized(tensor(x), True).jacobian)  # noqa: E731
+        given: dict[str, Any] = tight | dict(self.options)
         found = scipy.optimize.least_squares(
-            lambda x: array(problem.fn(tensor(x))), array(state.x), method=self.method, bounds=bounds,
-            jac=lambda x: array(problem.linearized(tensor(x), True).jacobian), **(tight | dict(self.options)),
+            lambda x: array(problem.fn(tensor(x))), array(state.x), jac=jacobian, method=self.method, bounds=bounds,
+            **given,
         )  # fmt: skip
         x = problem.clip(tensor(found.x))
         return _state(problem, x, torch.as_tensor(not found.success, device=x.device) | (x == state.x).all())

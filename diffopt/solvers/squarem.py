@@ -65,7 +65,7 @@ class SQUAREM:
 
     Example:
         >>> from diffopt.solvers import fixed_point
-        >>> fixed_point(torch.cos, torch.tensor([0.5, 0.9]), solver=SQUAREM()).value
+        >>> fixed_point(torch.cos, torch.tensor([0.5, 0.9]), solver=SQUAREM(), atol=1e-6).value
         tensor([0.7391, 0.7391])
 
     References:
