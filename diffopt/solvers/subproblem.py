@@ -12,9 +12,11 @@ from diffopt.autodiff import while_loop
 
 __all__ = ["check_inner", "solve_subproblem"]
 
+_FAR = 1e8  # an inner problem may be unbounded below, for want of penalty
+
 
 def solve_subproblem(solver: Any, fn: Callable[..., Any], x: Tensor, tolerance: Tensor, max_steps: int) -> Any:
-    """Step a solver until the largest entry of its residual is small, or no further step can be made.
+    """Step a solver until the largest entry of its residual is small, no further step can be made, or it runs away.
 
     Args:
         solver: The inner solver.
@@ -27,9 +29,11 @@ def solve_subproblem(solver: Any, fn: Callable[..., Any], x: Tensor, tolerance: 
         The last state of the solver.
     """
 
+    far = _FAR * x.detach().abs().amax().clamp(min=1)
+
     def live(state):
         error = state.residual.abs().amax()
-        return (error > tolerance) & ~state.failed & error.isfinite()
+        return (error > tolerance) & ~state.failed & error.isfinite() & (state.x.abs().amax() < far)
 
     return while_loop(live, lambda state: solver.step(fn, state), solver.init(fn, x), max_steps=max_steps)
 
