@@ -2,6 +2,7 @@
 
 from diffopt import (
     autodiff,
+    convex,
     implicit,
     linalg,
     optimizers,
@@ -39,6 +40,7 @@ __all__ = [
     "chain",
     "checkpoint",
     "compile",
+    "convex",
     "custom_derivative",
     "custom_fixed_point",
     "custom_root",

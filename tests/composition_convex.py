@@ -121,7 +121,7 @@ def polyhedron_row():
     G = f64([[0.3, 0.2, -0.1, 0.5], [-0.9, 0.3, 0.2, -0.4], [0.1, 0.6, 0.4, -0.2]])
 
     def operator(x, A, b, G, h):
-        return convex.projection_polyhedron(x, A, b, G, h, max_steps=8)
+        return convex.projection_polyhedron(x, A, b, G, h, max_steps=4)
 
     def reference(x, A, b, G, h):
         return onto_rows(x, torch.cat([A, G[1:2]]), torch.cat([b, h[1:2]]))
@@ -143,7 +143,7 @@ def transport_row():
         return torch.softmax(theta[:3], 0), torch.softmax(theta[3:], 0)
 
     def operator(X, theta):
-        return convex.projection_transport(X, marginals(theta), max_steps=20)
+        return convex.projection_transport(X, marginals(theta), max_steps=12)
 
     theta = f64([0.2, -0.1, 0.1, -0.15, 0.1, 0.3])
     return operator, (PATTERN, theta), lambda X, theta: on_pattern(X, *marginals(theta)), None
@@ -155,7 +155,7 @@ def birkhoff_row():
     def reference(X):
         return on_pattern(X, ones, ones)
 
-    return lambda X: convex.projection_birkhoff(X, max_steps=20), (PATTERN,), reference, None
+    return lambda X: convex.projection_birkhoff(X, max_steps=12), (PATTERN,), reference, None
 
 
 def sinkhorn(X, a, b):
@@ -175,7 +175,7 @@ def kl_transport_row():
         return torch.softmax(theta[:3], 0), torch.softmax(theta[3:], 0)
 
     def operator(X, theta):
-        return convex.kl_projection_transport(X, marginals(theta), max_steps=6)
+        return convex.kl_projection_transport(X, marginals(theta), max_steps=5)
 
     theta = f64([0.2, -0.1, 0.1, -0.15, 0.1])
     return operator, (SMALL, theta), lambda X, theta: sinkhorn(X, *marginals(theta)), None
@@ -184,7 +184,7 @@ def kl_transport_row():
 def kl_birkhoff_row():
     ones = torch.ones(2, dtype=torch.float64)
     return (
-        lambda X: convex.kl_projection_birkhoff(X, max_steps=6),
+        lambda X: convex.kl_projection_birkhoff(X, max_steps=5),
         (SMALL[:2],),
         lambda X: sinkhorn(X, ones, ones),
         None,

@@ -106,14 +106,17 @@ def project_active_rows(x: Tensor, C: Tensor, d: Tensor, active: Tensor) -> Tens
     """The projection onto `C y = d` in the active rows, which must be independent; the others play no part."""
     C = torch.where(active[:, None], C, 0.0)
     inert = torch.diag(torch.where(active, 0.0, 1.0).to(C.dtype))
-    gram = matrix_operator(C @ C.mT + inert, tags=["positive_definite"])
 
-    def project(x):
+    def project(x, C, d):
+        gram = matrix_operator(C @ C.mT + inert, tags=["positive_definite"])
         return x - C.mT @ linear_solve(gram, torch.where(active, C @ x - d, 0.0))
 
-    y = project(x)
-    # projecting again changes no derivative, and takes off the rounding error of a large x
-    return y + (project(y) - y).detach()
+    y = project(x, C, d)
+    # projecting again changes no derivative, and takes off the rounding errors of a large x
+    corrected = y.detach()
+    for _ in range(2):
+        corrected = project(corrected, C.detach(), d.detach())
+    return y + (corrected - y.detach())
 
 
 def _onto(x: Tree, a: Tree, b: Numeric, part) -> Tree:
@@ -129,5 +132,5 @@ def _onto(x: Tree, a: Tree, b: Numeric, part) -> Tree:
         return x - part((scaled * x).sum() - offset) / squares * scaled
 
     y = project(vector)
-    # projecting again changes no derivative, and takes off the rounding error of a large x
-    return unravel(y + (project(y) - y).detach())
+    # projecting again changes no derivative, and takes off the rounding errors of a large x
+    return unravel(y + (project(project(y)) - y).detach())

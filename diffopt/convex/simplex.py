@@ -84,7 +84,8 @@ def project_rows(x: Tensor, value: Numeric) -> Tensor:
 
 def _support(shifted: Tensor, value: Numeric) -> Tensor:
     """Where the projection is positive, for rows whose largest entry is 0: entries below -value are never in it."""
-    bounded = torch.maximum(shifted, -torch.as_tensor(value, dtype=shifted.dtype, device=shifted.device))
+    # twice as far, because the threshold itself may be at -value
+    bounded = torch.maximum(shifted, -2 * torch.as_tensor(value, dtype=shifted.dtype, device=shifted.device))
     ordered = bounded.sort(-1, descending=True).values
     ranks = torch.arange(1, shifted.shape[-1] + 1, device=shifted.device)
     inside = ordered * ranks > ordered.cumsum(-1) - value
