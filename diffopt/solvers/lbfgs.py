@@ -1,8 +1,7 @@
 r"""The limited-memory quasi-Newton method of Broyden, Fletcher, Goldfarb and Shanno.
 
 .. math:: x_{k+1} = x_k - \alpha_k H_k \nabla f(x_k), \qquad
-          H_k = \gamma I + [S\ \gamma Y] \begin{bmatrix} R^{-\top}(D + \gamma Y^\top Y)R^{-1} & -R^{-\top} \\
-          -R^{-1} & 0 \end{bmatrix} [S\ \gamma Y]^\top
+          H_k = \gamma\,(I - Y R^{-1} S^\top)^\top (I - Y R^{-1} S^\top) + S R^{-\top} D R^{-1} S^\top
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt.autodiff import any_lane
 from diffopt.solvers.line_search import LineSearch, Zoom
 from diffopt.solvers.objective import Objective
 
@@ -71,9 +71,9 @@ class LBFGS:
         g = state.residual
         p = -inverse_hessian_product(state.steps, state.changes, g)
         p = torch.where(g @ p < 0, p, -g)
-        fresh = (state.changes != 0).any() if self.memory else torch.zeros_like(state.failed)
-        size = torch.linalg.vector_norm(g)
-        start = torch.where(fresh, torch.ones_like(size), 1 / size.clamp(min=1.0))
+        start = 1 / torch.linalg.vector_norm(g).clamp(min=1.0)
+        if self.memory:  # with a curvature known, the step is 1
+            start = torch.where(state.steps[-1].any(), 1.0, start)
         point = self.line_search.search(Objective.of(fn), state.x, state.value, g, p, start)
         steps, changes = _remembered(state, point.x - state.x, point.slope - g)
         return LBFGSState(point.x, point.slope, ~point.accepted, point.value, steps, changes)
@@ -82,7 +82,9 @@ class LBFGS:
 def inverse_hessian_product(steps: Tensor, changes: Tensor, v: Tensor) -> Tensor:
     r"""The product of the L-BFGS inverse Hessian with a vector.
 
-    .. math:: H v, \qquad H y_k = s_k \text{ for the last } k
+    .. math:: q = v - Y R^{-1} S^\top v, \qquad H v = \gamma q + S R^{-\top} (D R^{-1} S^\top v - \gamma Y^\top q)
+
+    Here :math:`D` and :math:`R` are the diagonal and the upper triangle of :math:`S^\top Y`.
 
     Args:
         steps: The last steps, oldest first, shape `(m, n)`; rows of zeros are ignored.
@@ -100,33 +102,27 @@ def inverse_hessian_product(steps: Tensor, changes: Tensor, v: Tensor) -> Tensor
     References:
         Byrd, Nocedal and Schnabel (1994), Representations of quasi-Newton matrices, eq. 3.1.
     """
-    m = steps.shape[0]
-    if m == 0:
+    if steps.shape[0] == 0:
         return v
-    both = torch.cat([steps, changes])
-    products = both @ changes.mT
-    along, square = products[:m], products[m:]
+    along = steps @ changes.mT
     curvature = along.diagonal()
     empty = curvature == 0
-    R = along.triu() + torch.diag_embed(empty.to(v.dtype))
-    gamma = torch.where(empty[-1], torch.ones_like(curvature[-1]), curvature[-1] / _nonzero(square[-1, -1]))
-    onto = both @ v
-    u = torch.linalg.solve_triangular(R, onto[:m, None], upper=True)
-    inner = curvature[:, None] * u + gamma * (square @ u - onto[m:, None])
+    curvature = curvature + empty
+    R = along.triu() + torch.diag_embed(empty)
+    gamma = curvature[-1] / (changes[-1] @ changes[-1] + empty[-1])
+    u = torch.linalg.solve_triangular(R, (steps @ v)[:, None], upper=True)
+    q = v - (u.mT @ changes)[0]
+    inner = curvature[:, None] * u - gamma * (changes @ q)[:, None]
     w = torch.linalg.solve_triangular(R.mT, inner, upper=False)
-    return gamma * v + (torch.cat([w, -gamma * u]).mT @ both)[0]
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)
+    return gamma * q + (w.mT @ steps)[0]
 
 
 def _remembered(state: LBFGSState, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The memory with one more pair, where it has positive curvature; the oldest goes."""
     if state.steps.shape[0] == 0:
         return state.steps, state.changes
-    sy = s @ y
-    sound = sy > torch.finfo(s.dtype).eps * (y @ y)
-    steps = torch.where(sound, torch.cat([state.steps[1:], s[None]]), state.steps)
-    changes = torch.where(sound, torch.cat([state.changes[1:], y[None]]), state.changes)
-    return steps, changes
+    sound = s @ y > torch.finfo(s.dtype).eps * (y @ y)
+    steps, changes = torch.cat([state.steps[1:], s[None]]), torch.cat([state.changes[1:], y[None]])
+    if not torch.compiler.is_compiling() and not any_lane(~sound):
+        return steps, changes
+    return torch.where(sound, steps, state.steps), torch.where(sound, changes, state.changes)
