@@ -24,7 +24,7 @@ from diffopt.autodiff import (
     while_loop,
 )
 from diffopt.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
-from diffopt.linalg import linear_solve
+from diffopt.linalg import linear_solve, lstsq
 from diffopt.optimizers import adam, adamw, sgd
 from diffopt.solvers import minimize, root
 from diffopt.transforms import GradientTransformation, apply_updates, chain, step
@@ -48,6 +48,7 @@ __all__ = [
     "implicit",
     "linalg",
     "linear_solve",
+    "lstsq",
     "minimize",
     "optimizers",
     "random",
