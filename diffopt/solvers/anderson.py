@@ -44,8 +44,9 @@ class Anderson:
     Example:
         >>> from diffopt.solvers import fixed_point
         >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        >>> fixed_point(lambda x, a: turn @ x + a, torch.ones(2), (torch.ones(2),), solver=Anderson()).value
-        tensor([0., 1.])
+        >>> a = torch.tensor([1.0, 3.0])
+        >>> fixed_point(lambda x, a: turn @ x + a, torch.ones(2), (a,), solver=Anderson()).value
+        tensor([-1.0000, 2.0000])
 
     References:
         Walker and Ni (2011), Anderson acceleration for fixed-point iterations, eq. 2.3.

@@ -73,7 +73,7 @@ def least_squares(
         >>> line = lambda p, x, y: p["slope"] * x + p["offset"] - y
         >>> init = {"slope": torch.tensor(0.0), "offset": torch.tensor(0.0)}
         >>> least_squares(line, init, (x, y), atol=1e-6).value
-        {'offset': tensor(1.0000), 'slope': tensor(2.0000)}
+        {'slope': tensor(2.0000), 'offset': tensor(1.0000)}
 
     References:
         Nocedal and Wright (2006), Numerical Optimization, chapter 10.

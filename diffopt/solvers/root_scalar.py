@@ -96,7 +96,7 @@ def root_scalar(
             f"the steps of {type(solver).__name__} depend on signs, so they have no meaningful derivative: use "
             "Implicit(), or Newton()"
         )
-    start, lower, upper = _placed(init, bracket, tree.partition(args)[0] if isinstance(args, tuple) else ())
+    start, lower, upper = _placed(fn, init, args, bracket)
     equation = shaped("root_scalar", fn, "one number of one number. For systems use `root`")
     problem = functools.partial(_on_vectors, equation, lower, upper, expand)
     return solve(
@@ -113,10 +113,14 @@ def _on_vectors(equation, lower, upper, expand, unravel: Callable, args: tuple) 
     return ScalarEquation(of_vector, lower, upper, expand)
 
 
-def _placed(init, bracket, others: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The start and the ends, as detached 0-d tensors of one dtype."""
+def _placed(fn, init, args, bracket) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The start and the ends, as detached 0-d tensors of one dtype: that of the first, or of the value of `fn`."""
+    others: Any = tree.partition(args)[0] if isinstance(args, tuple) else ()
     given = [t for t in (init, *(bracket or ()), *others) if isinstance(t, Tensor)]
-    like = next((t for t in given if t.is_floating_point()), torch.empty(()))
+    like = next((t for t in given if t.is_floating_point()), None)
+    if like is None:
+        value = fn(torch.tensor(float(bracket[0] if init is None else init)), *args)
+        like = value if isinstance(value, Tensor) and value.is_floating_point() else torch.empty(())
 
     def number(value, name):
         value = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
