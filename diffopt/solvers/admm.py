@@ -22,7 +22,7 @@ __all__ = ["ADMM", "ADMMState"]
 
 class ADMMState(NamedTuple):
     """The iterate `z`, its residual, whether the inner problem failed, the smooth part's iterate, the scaled dual `u`,
-    and the penalty."""
+    the penalty, and the number of steps taken."""
 
     x: Tensor
     residual: Tensor
@@ -30,6 +30,7 @@ class ADMMState(NamedTuple):
     smooth: Tensor
     u: Tensor
     rho: Tensor
+    count: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ADMM:
     Args:
         rho: The penalty :math:`\rho` at the start.
         relaxation: :math:`\alpha`, in (0, 2); above 1 over-relaxes.
-        adapt: Whether to balance the primal and the dual residual by changing `rho`.
+        adapt_steps: In how many steps, from the start, `rho` may change to balance the primal and the dual residual;
+            for ever, it could circle.
         solver: Of the inner problem; inexact, to a tenth of the residual before.
         linear_solver: If given, such as `Dense()` or `CG()`, the inner problem is one Newton step by it instead:
             exact for a quadratic `f`.
@@ -53,7 +55,7 @@ class ADMM:
 
     Raises:
         TypeError: If `solver` or `linear_solver` is not one.
-        ValueError: If `rho` is not positive, or `relaxation` not in (0, 2).
+        ValueError: If `rho` is not positive, `adapt_steps` is negative, or `relaxation` not in (0, 2).
 
     Example:
         >>> from diffopt.solvers import minimize
@@ -68,7 +70,7 @@ class ADMM:
 
     rho: float | Tensor = 1.0
     relaxation: float = 1.6
-    adapt: bool = True
+    adapt_steps: int = 50
     solver: Any = dataclasses.field(default_factory=LBFGS)
     linear_solver: LinearSolver | None = None
     max_inner_steps: int = 100
@@ -85,6 +87,8 @@ class ADMM:
         check_solver(self.linear_solver, "linear_solver")
         if not isinstance(self.rho, Tensor) and not self.rho > 0:
             raise ValueError(f"rho must be positive; got {self.rho!r}")
+        if not isinstance(self.adapt_steps, int) or self.adapt_steps < 0:
+            raise ValueError(f"adapt_steps must be a non-negative int; got {self.adapt_steps!r}")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"relaxation must be between 0 and 2; got {self.relaxation!r}")
 
@@ -94,7 +98,7 @@ class ADMM:
         rho = torch.as_tensor(self.rho, dtype=x.dtype, device=x.device)
         z = objective.clip(x)
         no = torch.zeros((), dtype=torch.bool, device=x.device)
-        return ADMMState(z, objective.optimality(z), no, x, torch.zeros_like(x), rho)
+        return ADMMState(z, objective.optimality(z), no, x, torch.zeros_like(x), rho, no.to(torch.int64))
 
     def step(self, fn: Any, state: ADMMState) -> ADMMState:
         """The state after one update of both parts and of the dual."""
@@ -105,12 +109,11 @@ class ADMM:
         new = objective.clip(ahead) if objective.prox is None else objective.prox(ahead, 1 / rho)
         u = ahead - new
         failed = ~x.isfinite().all()
-        if self.adapt:
-            primal, dual = torch.linalg.vector_norm(x - new), rho * torch.linalg.vector_norm(new - z)
-            one = torch.ones_like(rho)
-            factor = torch.where(primal > 10 * dual, 2 * one, torch.where(dual > 10 * primal, one / 2, one))
-            rho, u = rho * factor, u / factor
-        return ADMMState(new, objective.optimality(new), failed, x, u, rho)
+        primal, dual = torch.linalg.vector_norm(x - new), rho * torch.linalg.vector_norm(new - z)
+        one = torch.ones_like(rho)
+        factor = torch.where(primal > 10 * dual, 2 * one, torch.where(dual > 10 * primal, one / 2, one))
+        factor = torch.where(state.count < self.adapt_steps, factor, one)
+        return ADMMState(new, objective.optimality(new), failed, x, u / factor, rho * factor, state.count + 1)
 
     def _smooth_part(self, objective: Objective, state: ADMMState) -> Tensor:
         target, rho = state.x - state.u, state.rho
