@@ -118,7 +118,7 @@ def test_a_tree_of_other_shapes_is_refused():
     with pytest.raises(ValueError, match="shape"):
         operator.matvec({"a": torch.ones(3, dtype=F64), "b": ONE})
     with pytest.raises(ValueError, match="shape"):
-        linear_solve(matrix_operator(torch.eye(2, dtype=F64)), ONE[:, None])
+        linear_solve(matrix_operator(torch.eye(2, dtype=F64)), ONE[None])
 
 
 def test_convergence_is_judged_by_the_true_residual():
