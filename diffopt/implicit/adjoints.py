@@ -10,7 +10,7 @@ Let :math:`F(x, \theta) = 0` be the equation of a problem and :math:`x_{k+1} = s
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from diffopt.linalg.solve import check_solver
 from diffopt.typing import Tree
 
 __all__ = ["Adjoint", "Detached", "Equation", "Implicit", "OneStep", "Solve", "Unrolled"]
+
+Batching: TypeAlias = Literal["vmap", "sequential"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,7 @@ class Solve(Protocol):
 class Adjoint(Protocol):
     """What an adjoint is: a value with this method."""
 
-    def solve(
-        self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Literal["vmap", "sequential"]
-    ) -> tuple[Tree, Any]:
+    def solve(self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Batching) -> tuple[Tree, Any]:
         """`(x, aux)`, where `x` has this adjoint's derivative in `args` and captured tensors, and `aux` has none."""
         ...
 
@@ -106,7 +106,7 @@ class Implicit:
     def __post_init__(self):
         check_solver(self.linear_solver, "linear_solver")
 
-    def solve(self, run, equation, init, args, *, batching="vmap"):
+    def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""
         decorate = custom_root(
             equation.residual,
@@ -125,7 +125,8 @@ class Unrolled:
     .. math:: \partial x_{k+1} = \partial_x s\,\partial x_k + \partial_\theta s
 
     Right also where the solver did not converge; without `truncate`, the start carries gradient, too. Choices that the
-    steps make (step sizes found by halving, when to stop) are constants.
+    steps make (step sizes found by halving, when to stop) are constants. It is the derivative of the steps taken and no
+    more: where the start already is a solution, that is none. So start away from it, or take `truncate` or `Implicit`.
 
     Args:
         checkpoint: None stores every step; "sqrt", "log" or an int store fewer carries and compute steps again, as in
@@ -147,7 +148,7 @@ class Unrolled:
         if self.checkpoint not in (None, "sqrt", "log") and not _positive_int(self.checkpoint):
             raise ValueError(f'checkpoint must be None, "sqrt", "log" or a positive int; got {self.checkpoint!r}')
 
-    def solve(self, run, equation, init, args, *, batching="vmap"):
+    def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""
         if batching == "sequential":
             raise ValueError("this solver's steps are not torch operations and cannot be unrolled: use Implicit()")
@@ -194,7 +195,7 @@ class OneStep:
 
     step_size: float | Tensor = 1.0
 
-    def solve(self, run, equation, init, args, *, batching="vmap"):
+    def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""
         x, aux = Detached().solve(run, equation, init, args, batching=batching)
         residual = equation.residual(x, *args)
@@ -206,7 +207,7 @@ class OneStep:
 class Detached:
     """No derivative: the solution is a constant."""
 
-    def solve(self, run, equation, init, args, *, batching="vmap"):
+    def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""
         run, init, args = _frozen(run, init, args)
         decorate = custom_root(_no_equation, has_aux=True, batching=batching)

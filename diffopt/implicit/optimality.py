@@ -7,7 +7,7 @@ Each takes the functions of a problem and returns :math:`F(x, \theta)`, shaped l
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def fixed_point_map(fixed_point_fun: Callable[..., Tree]) -> Callable[..., Tree]
 
 
 def proximal_map(
-    fn: Callable[..., Tensor], prox: Callable[[Tree, float], Tree], step_size: float | Tensor = 1.0
+    fn: Callable[..., Tensor], prox: Callable[[Tree, Any], Tree], step_size: float | Tensor = 1.0
 ) -> Callable[..., Tree]:
     r"""The residual of a proximal gradient step, zero at the minimizers of :math:`f + g`.
 

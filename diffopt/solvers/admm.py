@@ -30,7 +30,7 @@ class ADMMState(NamedTuple):
     smooth: Tensor
     u: Tensor
     rho: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ class ADMM:
         primal, dual = torch.linalg.vector_norm(x - new), rho * torch.linalg.vector_norm(new - z)
         one = torch.ones_like(rho)
         factor = torch.where(primal > 10 * dual, 2 * one, torch.where(dual > 10 * primal, one / 2, one))
-        factor = torch.where(state.count < self.adapt_steps, factor, one)
-        return ADMMState(new, objective.optimality(new), failed, x, u / factor, rho * factor, state.count + 1)
+        factor = torch.where(state.steps < self.adapt_steps, factor, one)
+        return ADMMState(new, objective.optimality(new), failed, x, u / factor, rho * factor, state.steps + 1)
 
     def _smooth_part(self, objective: Objective, state: ADMMState) -> Tensor:
         target, rho = state.x - state.u, state.rho

@@ -24,7 +24,7 @@ class FrankWolfeState(NamedTuple):
     residual: Tensor
     failed: Tensor
     curvature: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,14 @@ class FrankWolfe:
         gap, square = -(slope @ d), d @ d
         curvature, failed = state.curvature, state.failed
         if self.step_size == "open":
-            share = 2 / (state.count.to(x.dtype) + 2)
+            share = 2 / (state.steps.to(x.dtype) + 2)
         else:
             curvature, failed = self._searched(objective, state, value, gap, d)
             share = _share(gap, curvature, square)
         new = x + share * d
         _, slope = objective.value_and_grad(new)
         gap = -(slope @ self._direction(objective, new, slope))
-        return FrankWolfeState(new, gap, failed, curvature, state.count + 1)
+        return FrankWolfeState(new, gap, failed, curvature, state.steps + 1)
 
     def _direction(self, objective: Objective, x: Tensor, slope: Tensor) -> Tensor:
         return objective.on_vectors(self.oracle)(slope) - x

@@ -165,7 +165,8 @@ def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Call
         lower, upper = (_bound(b, init, example) for b in bounds) if bounds else (None, None)
         return Objective(value, prox and on_vectors, lower, upper, unravel=unravel)
     h, c = (None if g is None else lambda x, g=g: tree.ravel(g(unravel(x), *args))[0] for g in (equality, inequality))
-    sizes = (example.numel(), *(0 if g is None else g(example.detach()).numel() for g in (h, c)))
+    equations, inequalities = (0 if g is None else g(example.detach()).numel() for g in (h, c))
+    sizes = example.numel(), equations, inequalities
     return Objective(value, equality=h, inequality=c, sizes=sizes, unravel=unravel)
 
 

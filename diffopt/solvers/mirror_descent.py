@@ -73,7 +73,7 @@ class MirrorDescentState(NamedTuple):
     residual: Tensor
     failed: Tensor
     step_size: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class MirrorDescent:
             visible = -along > 1e3 * torch.finfo(value.dtype).eps * value.abs()
             return size, visible & ~(objective(x + d) <= value + along / 2), visible
 
-        size = self.step_size(state.count) if callable(self.step_size) else state.step_size
+        size = self.step_size(state.steps) if callable(self.step_size) else state.step_size
         size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
         failed = ~size.isfinite()
         if self.step_size is None:
@@ -157,7 +157,7 @@ class MirrorDescent:
             )
             size = torch.where(visible, halved, size)  # where rounding hides the decrease, the size stays
         new = moved(size)
-        return MirrorDescentState(new, objective.optimality(new), failed, size, state.count + 1)
+        return MirrorDescentState(new, objective.optimality(new), failed, size, state.steps + 1)
 
     def _on_vectors(self, objective: Objective):
         return objective.on_vectors(self.mirror.to_dual), objective.on_vectors(self.mirror.from_dual)

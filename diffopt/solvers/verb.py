@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation
+from diffopt.implicit.adjoints import Adjoint, Batching, Equation
 from diffopt.linalg.operators import Space
 from diffopt.solvers.iterate import Iteration
 from diffopt.solvers.solution import Solution, check_result
@@ -51,7 +51,7 @@ def solve(
     tree.check_tensors(init, name="init")
     Space.like(init)
     run = Iteration(solver, problem, settings)
-    batching = getattr(solver, "batching", "vmap")
+    batching: Batching = getattr(solver, "batching", "vmap")
     value, (result, stats, state) = adjoint.solve(run, equation, init, args, batching=batching)
     check_result(result, name, throw)
     return Solution(value, result, stats, state)

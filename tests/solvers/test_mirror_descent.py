@@ -77,7 +77,7 @@ def test_trees_of_rows_and_another_total():
 def test_schedules_and_counting():
     solver = MirrorDescent(KL, lambda count: 1.0 / (count + 1))
     found = solve(TARGET, solver=solver, max_steps=3, throw=False)
-    assert found.state.count == 3
+    assert found.state.steps == 3
     assert torch.allclose(found.state.step_size, torch.tensor(1 / 3, dtype=F64), atol=1e-7)
 
 
