@@ -132,7 +132,7 @@ class Iteration:
         """The loop's state at the start."""
         x, fn = self._on_vectors(init, args)
         state = self.solver.init(fn, x)
-        error = self._norm(state.residual)
+        error = self._error(state)
         rtol, atol = self._tolerances(x.dtype)
         history = error.new_full((self.settings["max_steps"] + 1,) if self.settings["history"] else (0,), math.nan)
         carry = Carry(
@@ -156,9 +156,9 @@ class Iteration:
         state = self.solver.step(fn, carry.state)
         if self.settings["callback"] is not None:
             self.settings["callback"](state)
-        error = self._norm(state.residual)
+        error = self._error(state)
         score = _score(state, error)
-        better = score < carry.best_score
+        better = (score < carry.best_score) & error.isfinite()
         return self._recorded(
             Carry(
                 state,
@@ -191,6 +191,12 @@ class Iteration:
     def _on_vectors(self, init, args):
         x, unravel = tree.ravel(init)
         return x, self.problem(unravel, args)
+
+    def _error(self, state: Stepped) -> Tensor:
+        """The norm of the residual; NaN where the value is infinite, as of a function without a minimum."""
+        error = self._norm(state.residual)
+        value = getattr(state, "value", None)
+        return error if value is None else torch.where(value.isfinite(), error, math.nan)
 
     def _norm(self, residual: Tensor) -> Tensor:
         norm = self.settings["norm"]

@@ -10,8 +10,8 @@ A search is a value with one method, `search(objective, x, value, slope, p, star
 - approximately, where rounding hides the decrease: :math:`\phi(\alpha) \le \phi(0) + \epsilon |\phi(0)|` and
   :math:`\phi'(\alpha) \le (2 c_1 - 1) \phi'(0)`.
 
-Where `max_steps` evaluations find no such point, the best one that decreases the function is taken; where there is
-none, the search has failed, and stays.
+Where `max_steps` evaluations find no such point, the best one that decreases the function is taken. Where there is
+none, or the function still falls at the longest step, the search has failed.
 """
 
 import dataclasses
@@ -68,6 +68,11 @@ class _Line(NamedTuple):
         bound = self.value + 10 * torch.finfo(d.dtype).eps * self.value.abs()
         return exact | ((point.value <= bound) & (d <= (2 * c1 - 1) * self.d0))
 
+    def grows(self, point: Point, d: Tensor) -> Tensor:
+        """Whether, where rounding hides all change of the value, the derivative became larger."""
+        hidden = -point.step * self.d0 <= torch.finfo(d.dtype).eps * self.value.abs()
+        return hidden & (d > -self.d0)
+
     def end(self, point: Point, step: Tensor, d: Tensor) -> Tensor:
         """`(alpha, phi, phi')` of a point, an end of an interval."""
         return torch.stack([step, point.value, d])
@@ -77,9 +82,9 @@ class _Line(NamedTuple):
         zero = torch.zeros_like(self.value)
         return Point(self.x, self.value, self.slope, zero, zero != 0), torch.stack([zero, self.value, self.d0])
 
-    def ended(self, best: Point) -> Point:
-        """The best point, accepted where it is an improvement."""
-        return best._replace(accepted=best.accepted | (best.value < self.value))
+    def ended(self, z: Any) -> Point:
+        """The best point, accepted where it is an improvement, unless the function falls without end."""
+        return z.best._replace(accepted=z.best.accepted | ((z.best.value < self.value) & z.bracketed))
 
 
 class _Interval(NamedTuple):
@@ -127,9 +132,10 @@ class Zoom:
 
         def narrowed(z: _Interval, point: Point, d: Tensor) -> _Interval:
             here = line.end(point, point.step, d)
-            # NaN is high
-            high = ~(point.value <= value + self.c1 * point.step * line.d0)
-            high = high | ((point.value >= z.lo[1]) & (z.lo[0] > 0))
+            # NaN is high; what rounding hides is left to the derivative
+            slack = 10 * torch.finfo(d.dtype).eps * value.abs()
+            high = ~(point.value <= value + self.c1 * point.step * line.d0 + slack)
+            high = high | ((point.value > z.lo[1] + slack) & (z.lo[0] > 0))
             # beyond the minimum, or rising towards the other end: the interval turns round
             turned = ~high & torch.where(z.bracketed, d * (z.hi[0] - z.lo[0]) >= 0, d >= 0)
             hi = torch.where(high, here, torch.where(turned, z.lo, z.hi))
@@ -145,7 +151,7 @@ class Zoom:
         stay, origin = line.origin()
         begin = narrowed(_Interval(stay, origin, origin, stay.accepted, start), first, d)
         body = lambda z: narrowed(z, *tried(z.trial))  # noqa: E731
-        return line.ended(_repeated(body, begin, self.max_steps - 1).best)
+        return line.ended(_repeated(body, begin, self.max_steps - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +198,7 @@ class Backtracking:
         line = _Line(objective, x, value, slope, p, slope @ p)
 
         def narrowed(z: _Interval, point: Point, d: Tensor) -> _Interval:
-            lower = line.lower(point, d, self.c1)
+            lower = line.lower(point, d, self.c1) & ~line.grows(point, d)
             long, short = ~lower, z.bracketed & ~z.bracketed
             if self.condition == "goldstein":
                 short = point.value < value + (1 - self.c1) * point.step * line.d0
@@ -210,7 +216,7 @@ class Backtracking:
         stay, _ = line.origin()
         begin = _Interval(stay, stay.step, start, stay.accepted, start)
         body = lambda z: narrowed(z, *line.at(z.trial))  # noqa: E731
-        return line.ended(_repeated(body, begin, self.max_steps).best)
+        return line.ended(_repeated(body, begin, self.max_steps))
 
 
 class _Secants(NamedTuple):
@@ -270,7 +276,8 @@ class HagerZhang:
             point, d = line.at(step)
             exact = point.value <= value + self.c1 * step * line.d0
             close = (point.value <= ceiling) & (d <= (2 * self.c1 - 1) * line.d0)
-            return point._replace(accepted=(exact | close) & (d >= self.c2 * line.d0)), d
+            accepted = (exact | close) & (d >= self.c2 * line.d0) & ~line.grows(point, d)
+            return point._replace(accepted=accepted), d
 
         def narrowed(z: _Secants, point: Point, d: Tensor) -> _Secants:
             here, low = line.end(point, point.step, d), point.value <= ceiling
@@ -290,7 +297,7 @@ class HagerZhang:
         begin = _Secants(stay, origin, origin, stay.accepted, start, none, none + math.inf)
         begin = narrowed(begin, first, d)
         body = lambda z: narrowed(z, *tried(z.trial))  # noqa: E731
-        return line.ended(_repeated(body, begin, self.max_steps - 1).best)
+        return line.ended(_repeated(body, begin, self.max_steps - 1))
 
     def _next(self, z: _Secants, a: Tensor, b: Tensor, here: Tensor, replaced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next trial within the interval, the secant steps then left, and the width to be shortened."""

@@ -13,10 +13,10 @@ from diffopt.solvers.objective import Objective
 
 __all__ = ["SciPyMinimize", "SciPyMinimizeState"]
 
-_SECOND_ORDER = frozenset({"newton-cg", "trust-ncg", "trust-krylov", "trust-constr"})
+_SECOND_ORDER = frozenset({"newton-cg", "trust-ncg"})
 _GRADIENT_FREE = frozenset({"nelder-mead", "powell", "cobyqa"})
 _GRADIENT = frozenset({"cg", "bfgs", "l-bfgs-b", "tnc", "slsqp"})
-_BOUNDED = frozenset({"nelder-mead", "powell", "cobyqa", "l-bfgs-b", "tnc", "slsqp", "trust-constr"})
+_BOUNDED = frozenset({"nelder-mead", "powell", "cobyqa", "l-bfgs-b", "tnc", "slsqp"})
 _TIGHT = {
     "cg": {"gtol": 1e-10},
     "bfgs": {"gtol": 1e-10},
@@ -25,8 +25,6 @@ _TIGHT = {
     "slsqp": {"ftol": 1e-18, "maxiter": 1000},
     "newton-cg": {"xtol": 1e-12},
     "trust-ncg": {"gtol": 1e-10},
-    "trust-krylov": {"gtol": 1e-10},
-    "trust-constr": {"gtol": 1e-10, "xtol": 1e-14, "maxiter": 5000},
     "nelder-mead": {"xatol": 1e-9, "fatol": 1e-16, "adaptive": True},
     "powell": {"xtol": 1e-9, "ftol": 1e-16},
     "cobyla": {"tol": 1e-9, "maxiter": 20000},
@@ -49,8 +47,8 @@ class SciPyMinimize:
     """A method of `scipy.optimize.minimize`: a step runs it to its end, in float64 on the CPU.
 
     Gradients, and products with the Hessian, are those of `fn`. SciPy's tolerances are set tight, and what counts is
-    that of `minimize`: while the residual is above it, and SciPy moves on, it is started again. `vmap` calls it once a
-    lane.
+    that of `minimize`: while the residual is above it, and each run halves it, SciPy is started again. `vmap` calls it
+    once a lane.
 
     Args:
         method: A method for unconstrained problems or bounds, such as "L-BFGS-B".
@@ -118,8 +116,10 @@ class SciPyMinimize:
         )
         x = objective.clip(as_tensor(found.x))
         f, slope = objective.value_and_grad(x)
-        failed = torch.as_tensor(not found.success, device=x.device) | (x == state.x).all()
-        return SciPyMinimizeState(x, objective.residual(x, slope), failed, f, state.evaluations + int(found.nfev))
+        residual = objective.residual(x, slope)
+        stuck = residual.abs().amax() > state.residual.abs().amax() / 2
+        failed = stuck | torch.as_tensor(not found.success, device=x.device)
+        return SciPyMinimizeState(x, residual, failed, f, state.evaluations + int(found.nfev))
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:

@@ -17,9 +17,9 @@ RESULTS = {
     MAX_STEPS: "the most steps were taken before the tolerance was met. Likely causes: max_steps is too small; rtol "
     "and atol are too tight for the dtype; the problem is ill-conditioned, or has no solution",
     NONFINITE: "a value or a derivative became NaN or infinite. Likely causes: the start is outside of the domain of "
-    "fn; a step left it; fn is not differentiable there",
+    "fn; a step left it; fn is not differentiable there, or unbounded below",
     STALLED: "no step makes progress. Likely causes: fn is not smooth, or its derivative is wrong; rtol and atol are "
-    "too tight for the dtype; the Jacobian is singular",
+    "too tight for the dtype; the Jacobian is singular; fn is unbounded below",
     REFUSED: "the problem is not what the method is for. Likely causes: the ends of the bracket have values of the "
     "same sign; the constraints cannot be met together",
 }
