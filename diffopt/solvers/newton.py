@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.autodiff import vjp
+from diffopt.autodiff import any_lane, vjp
 from diffopt.autodiff.levels import batched_at_most
 from diffopt.linalg import Dense, LinearSolver, jacobian_operator
 from diffopt.linalg.solve import solve_flat
@@ -130,6 +130,7 @@ def rows(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 def solved(J: Tensor, b: Tensor) -> Tensor:
     """The solution of a dense system, in one call; NaN where the matrix is singular or not finite."""
     sound = J.sum().isfinite()
-    eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
-    d, info = torch.linalg.solve_ex(torch.where(sound, J, eye), b[:, None])  # LAPACK may not end with NaN
+    if any_lane(~sound):  # LAPACK may give no pivots for NaN
+        J = torch.where(sound, J, torch.eye(J.shape[-1], dtype=J.dtype, device=J.device))
+    d, info = torch.linalg.solve_ex(J, b[:, None])
     return torch.where(sound & (info == 0), d[:, 0], torch.nan)
