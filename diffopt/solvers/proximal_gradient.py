@@ -49,7 +49,8 @@ class ProximalGradient:
         >>> from diffopt.solvers import minimize
         >>> soft = lambda x, s: x.sign() * (x.abs() - s).clamp(min=0)
         >>> solver = ProximalGradient()
-        >>> minimize(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2), prox=soft, solver=solver, rtol=0.0, atol=1e-6).value
+        >>> loss = lambda x: ((x - 3) ** 2).sum()
+        >>> minimize(loss, torch.zeros(2), prox=soft, solver=solver, rtol=0.0, atol=1e-6).value
         tensor([2.5000, 2.5000])
 
     References:
