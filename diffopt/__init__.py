@@ -26,7 +26,7 @@ from diffopt.autodiff import (
 from diffopt.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
 from diffopt.linalg import linear_solve, lstsq
 from diffopt.optimizers import adam, adamw, sgd
-from diffopt.solvers import minimize, root
+from diffopt.solvers import fixed_point, least_squares, minimize, root, root_scalar
 from diffopt.transforms import GradientTransformation, apply_updates, chain, step
 
 __version__ = "0.1.0"
@@ -44,8 +44,10 @@ __all__ = [
     "custom_derivative",
     "custom_fixed_point",
     "custom_root",
+    "fixed_point",
     "grad",
     "implicit",
+    "least_squares",
     "linalg",
     "linear_solve",
     "lstsq",
@@ -54,6 +56,7 @@ __all__ = [
     "random",
     "root",
     "root_jvp",
+    "root_scalar",
     "root_vjp",
     "schedules",
     "sgd",
