@@ -148,7 +148,7 @@ class Iteration:
 
     def live(self, carry: Carry) -> Tensor:
         """Whether a lane goes on."""
-        return (carry.error > carry.limit) & ~carry.state.failed & carry.error.isfinite()
+        return (carry.error > carry.limit) & (carry.error < math.inf) & ~carry.state.failed
 
     def step(self, carry: Carry, init: Tree, *args: Tree) -> Carry:
         """One step of the loop."""
@@ -158,7 +158,7 @@ class Iteration:
             self.settings["callback"](state)
         error = self._error(state)
         score = _score(state, error)
-        better = (score < carry.best_score) & error.isfinite()
+        better = (score < carry.best_score) & (error < math.inf)
         return self._recorded(
             Carry(
                 state,
@@ -196,7 +196,7 @@ class Iteration:
         """The norm of the residual; NaN where the value is infinite, as of a function without a minimum."""
         error = self._norm(state.residual)
         value = getattr(state, "value", None)
-        return error if value is None else torch.where(value.isfinite(), error, math.nan)
+        return error if value is None else torch.where(value.abs() < math.inf, error, math.nan)
 
     def _norm(self, residual: Tensor) -> Tensor:
         norm = self.settings["norm"]

@@ -71,7 +71,7 @@ class LBFGS:
         g = state.residual
         p = -inverse_hessian_product(state.steps, state.changes, g)
         p = torch.where(g @ p < 0, p, -g)
-        start = 1 / torch.linalg.vector_norm(g).clamp(min=1.0)
+        start = torch.linalg.vector_norm(g).clamp(min=1.0).reciprocal()
         if self.memory:  # with a curvature known, the step is 1
             start = torch.where(state.steps[-1].any(), 1.0, start)
         point = self.line_search.search(Objective.of(fn), state.x, state.value, g, p, start)
