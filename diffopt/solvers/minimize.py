@@ -112,7 +112,7 @@ def minimize(
         return unravel(problem(unravel, args).optimality(vector))
 
     structure = "constraints" if constrained else "bounds" if bounds is not None else "prox" if prox else None
-    solver = _default(structure) if solver is None else solver
+    solver = _DEFAULTS[structure] if solver is None else solver
     if structure is not None and structure not in getattr(solver, "handles", ()):
         raise ValueError(f"{type(solver).__name__} cannot handle {found[0]}; {_ADVICE[structure]}")
     solution = solve(
@@ -132,12 +132,13 @@ _ADVICE = {
 }
 
 
-def _default(structure: Structure | None) -> Any:
-    if structure is None:
-        return LBFGS()
-    if structure == "bounds":
-        return LBFGSB()
-    return AugmentedLagrangian() if structure == "constraints" else ProximalGradient()
+# made here, as torch.compile does not trace the making of solvers that hold others
+_DEFAULTS: dict[Structure | None, Any] = {
+    None: LBFGS(),
+    "bounds": LBFGSB(),
+    "prox": ProximalGradient(),
+    "constraints": AugmentedLagrangian(),
+}
 
 
 def _with_multipliers(init: Tree, args: tuple, equality, inequality) -> KKT:
