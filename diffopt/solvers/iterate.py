@@ -152,7 +152,27 @@ class Iteration:
 
     def step(self, carry: Carry, init: Tree, *args: Tree) -> Carry:
         """One step of the loop."""
+        return self._stepped(carry, self._on_vectors(init, args)[1])
+
+    def run(self, carry: Carry, init: Tree, *args: Tree, max_steps: int | None = None) -> Carry:
+        """Step while live."""
+        most = self.settings["max_steps"] if max_steps is None else max_steps
         _, fn = self._on_vectors(init, args)
+        return while_loop(self.live, lambda carry: self._stepped(carry, fn), carry, max_steps=most)
+
+    def finish(self, carry: Carry, init: Tree) -> tuple[Tree, tuple[Tensor, Stats, Any]]:
+        """The solution, where there is none the best iterate, and how the loop ended."""
+        met = carry.error <= carry.limit
+        code = torch.where(carry.state.failed, STALLED, MAX_STEPS)
+        code = torch.where(carry.error.isfinite(), code, NONFINITE)
+        result = torch.where(met, CONVERGED, code)
+        if hasattr(self.solver, "result"):
+            result = self.solver.result(carry.state, result)
+        _, unravel = tree.ravel(init)
+        x = torch.where(met | ~carry.best_score.isfinite(), carry.state.x, carry.best)
+        return unravel(x), (result, Stats(carry.steps, carry.error, carry.history), carry.state)
+
+    def _stepped(self, carry: Carry, fn: Callable[..., Any]) -> Carry:
         state = self.solver.step(fn, carry.state)
         if self.settings["callback"] is not None:
             self.settings["callback"](state)
@@ -170,23 +190,6 @@ class Iteration:
                 carry.history,
             )
         )
-
-    def run(self, carry: Carry, init: Tree, *args: Tree, max_steps: int | None = None) -> Carry:
-        """Step while live."""
-        most = self.settings["max_steps"] if max_steps is None else max_steps
-        return while_loop(self.live, lambda carry: self.step(carry, init, *args), carry, max_steps=most)
-
-    def finish(self, carry: Carry, init: Tree) -> tuple[Tree, tuple[Tensor, Stats, Any]]:
-        """The solution, where there is none the best iterate, and how the loop ended."""
-        met = carry.error <= carry.limit
-        code = torch.where(carry.state.failed, STALLED, MAX_STEPS)
-        code = torch.where(carry.error.isfinite(), code, NONFINITE)
-        result = torch.where(met, CONVERGED, code)
-        if hasattr(self.solver, "result"):
-            result = self.solver.result(carry.state, result)
-        _, unravel = tree.ravel(init)
-        x = torch.where(met | ~carry.best_score.isfinite(), carry.state.x, carry.best)
-        return unravel(x), (result, Stats(carry.steps, carry.error, carry.history), carry.state)
 
     def _on_vectors(self, init, args):
         x, unravel = tree.ravel(init)

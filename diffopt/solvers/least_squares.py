@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.solvers.bounds import check_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.levenberg_marquardt import LevenbergMarquardt
 from diffopt.solvers.residuals import Residuals
@@ -79,14 +79,13 @@ def least_squares(
         Nocedal and Wright (2006), Numerical Optimization, chapter 10.
     """
     settings = options(rtol, atol, norm, max_steps, callback, history)
-    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
-        raise ValueError(f"bounds must be a pair (lower, upper), each possibly None; got {bounds!r}")
+    check_bounds(bounds)
     boxed = bounds is not None and any(b is not None for b in bounds)
     solver = LevenbergMarquardt() if solver is None else solver
     if boxed and "bounds" not in getattr(solver, "handles", ()):
         raise ValueError(f"{type(solver).__name__} cannot handle bounds; use LevenbergMarquardt()")
     example = tree.map(torch.detach, init)
-    problem = functools.partial(_residuals, fn, bounds if boxed else (None, None), example)
+    problem = functools.partial(_residuals, fn, bounds, example)
 
     def optimality(x: Tree, *args: Tree) -> Tree:
         vector, unravel = tree.ravel(x)
@@ -103,15 +102,4 @@ def _residuals(fn, bounds, init: Tree, unravel: Callable, args: tuple) -> Residu
     def errors(x):
         return tree.ravel(fn(unravel(x), *args))[0]
 
-    return Residuals(errors, *(_bound(bound, init) for bound in bounds))
-
-
-def _bound(bound: Tree, init: Tree) -> Tensor | None:
-    """A bound as a vector; a number, or a tensor for a tree, holds for every leaf."""
-    if bound is None:
-        return None
-    if isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and not isinstance(init, Tensor)):
-        bound = tree.map(lambda x: torch.as_tensor(bound), init)
-    return tree.ravel(
-        tree.map(lambda x, b: torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(x.shape), init, bound)
-    )[0]
+    return Residuals(errors, *flat_bounds(bounds, init))

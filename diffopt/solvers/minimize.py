@@ -14,6 +14,7 @@ from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
 from diffopt.implicit.optimality import KKT
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
+from diffopt.solvers.bounds import check_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
@@ -95,8 +96,7 @@ def minimize(
     found = [name for name, value in given.items() if value is not None]
     if len(found) > 1:
         raise ValueError(f"minimize takes one structure; got {' and '.join(found)}. Write one as a constraint")
-    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
-        raise ValueError(f"bounds must be a pair (lower, upper), each possibly None; got {bounds!r}")
+    check_bounds(bounds)
     if projection is not None:
         prox = lambda x, scaling: projection(x)  # noqa: E731
     start = _with_multipliers(init, args, equality, inequality) if constrained else init
@@ -163,19 +163,8 @@ def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Call
         return tree.ravel(prox(unravel(x), scaling))[0]
 
     if equality is None and inequality is None:
-        lower, upper = (_bound(b, init, example) for b in bounds) if bounds else (None, None)
-        return Objective(value, prox and on_vectors, lower, upper, unravel=unravel)
+        return Objective(value, prox and on_vectors, *flat_bounds(bounds, init), unravel=unravel)
     h, c = (None if g is None else lambda x, g=g: tree.ravel(g(unravel(x), *args))[0] for g in (equality, inequality))
     equations, inequalities = (0 if g is None else g(example.detach()).numel() for g in (h, c))
     sizes = example.numel(), equations, inequalities
     return Objective(value, equality=h, inequality=c, sizes=sizes, unravel=unravel)
-
-
-def _bound(bound: Tree, init: Tree, example: Tensor) -> Tensor | None:
-    """A bound as a vector; a number or a tensor holds for every leaf."""
-    if bound is None:
-        return None
-    if isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and not isinstance(init, Tensor)):
-        bound = tree.map(lambda x: torch.as_tensor(bound), init)
-    expanded = tree.map(lambda x, b: torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(x.shape), init, bound)
-    return tree.ravel(expanded)[0]
