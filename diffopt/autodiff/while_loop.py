@@ -118,8 +118,10 @@ def _checked_carry(carry, values, spec):
     leaves, found = optree.tree_flatten(carry)
     if found != spec:
         raise ValueError(f"body must return a carry of the structure it was given, {spec}; got {found}")
-    for path, new, old in zip(spec.paths(), leaves, values, strict=True):
+    for i, (new, old) in enumerate(zip(leaves, values, strict=True)):
         if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
             got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
-            raise ValueError(f"body must keep shapes and dtypes; at {path} {old.dtype} {tuple(old.shape)} became {got}")
+            raise ValueError(
+                f"body must keep shapes and dtypes; at {spec.paths()[i]} {old.dtype} {tuple(old.shape)} became {got}"
+            )
     return tuple(leaves)
