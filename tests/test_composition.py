@@ -342,8 +342,8 @@ ROWS |= OPTIMIZER_ROWS | FUSED_ROWS | LINALG_ROWS | SOLVER_ROWS | CONVEX_ROWS
 # One row of each mechanism is checked whole in every run, the others by cells that nest the rest; `make test-slow`
 # checks all rows whole. Compiling is most of a row's time, and grows with the product of nested solvers' steps.
 WHOLE = (
-    "custom_root, dense", "custom_root, sequential", "custom_fixed_point", "linear_solve, LU", "linear_solve, CG",
-    "custom_derivative", "fused_op", "value_and_grad", "checkpoint", "unroll, checkpoint sqrt", "sgd, 3 steps",
+    "custom_root, dense", "custom_root, sequential", "linear_solve, LU", "linear_solve, CG", "custom_derivative",
+    "fused_op", "value_and_grad", "checkpoint", "sgd, 3 steps",
 )  # fmt: skip
 SAMPLE = (
     "forward", "grad", "jacfwd(jacfwd)", "vmap, shared", "vmap(jacfwd)", "vmap(hessian)", "hessian(vmap)",
