@@ -47,6 +47,7 @@ bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/primitives.py
 	$(BIN)/python benchmarks/draws.py
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## Remove everything that the targets made
