@@ -104,17 +104,15 @@ def inverse_hessian_product(steps: Tensor, changes: Tensor, v: Tensor) -> Tensor
     """
     if steps.shape[0] == 0:
         return v
-    along = steps @ changes.mT
-    curvature = along.diagonal()
-    empty = curvature == 0
-    curvature = curvature + empty
-    R = along.triu() + torch.diag_embed(empty)
-    gamma = curvature[-1] / (changes[-1] @ changes[-1] + empty[-1])
-    u = torch.linalg.solve_triangular(R, (steps @ v)[:, None], upper=True)
-    q = v - (u.mT @ changes)[0]
-    inner = curvature[:, None] * u - gamma * (changes @ q)[:, None]
-    w = torch.linalg.solve_triangular(R.mT, inner, upper=False)
-    return gamma * q + (w.mT @ steps)[0]
+    R = steps @ changes.mT
+    empty = R.diagonal() == 0
+    R = R + torch.diag_embed(empty)
+    gamma = R[-1, -1] / (changes[-1] @ changes[-1] + empty[-1])
+    u = torch.linalg.solve_triangular(R, (steps @ v)[:, None], upper=True)[:, 0]
+    q = torch.addmv(v, changes.mT, u, alpha=-1)
+    inner = torch.addcmul(R.diagonal() * u, gamma, changes @ q, value=-1)
+    w = torch.linalg.solve_triangular(R.mT, inner[:, None], upper=False)[:, 0]
+    return torch.addmv(gamma * q, steps.mT, w)
 
 
 def _remembered(state: LBFGSState, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
