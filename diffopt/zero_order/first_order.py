@@ -1,0 +1,88 @@
+"""Derivatives that exist once: what has no second derivative, or none at all, raises when it is asked for."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from diffopt.autodiff import any_lane
+from diffopt.autodiff.custom_derivative import Rules, by_rule
+
+__all__ = ["differentiate_once", "refuse"]
+
+
+def differentiate_once(x: Tensor, message: str) -> Tensor:
+    r"""Make a zero whose derivative is the identity, and whose second derivative raises.
+
+    .. math:: x \mapsto x - \operatorname{stop}(x)
+
+    Compiled code cannot raise: there the second derivative is NaN.
+
+    Args:
+        x: A floating-point tensor.
+        message: What the error says.
+
+    Returns:
+        Zeros shaped like x.
+
+    Example:
+        >>> torch.func.grad(lambda x: 3 * differentiate_once(x, "no second derivative"))(torch.tensor(2.0))
+        tensor(3.)
+    """
+
+    def vjp(inputs, outputs, cotangents, wanted):
+        return (refuse(cotangents[0], inputs[0], message=message),)
+
+    def jvp(inputs, outputs, tangents):
+        return (refuse(tangents[0], inputs[0], message=message),)
+
+    def traced(x):
+        shift = x - x.detach()
+        return (shift + 0 * (shift.abs() ** 1.5).sum(),)  # of infinite second derivative
+
+    return by_rule(Rules(lambda x: (torch.zeros_like(x),), vjp, jvp, "vmap"), traced)(x)[0]
+
+
+def refuse(value: Tensor, *others: Tensor, message: str) -> Tensor:
+    """Pass a value on with its derivative, and raise when its derivative by another tensor is asked for.
+
+    A derivative along a tangent of zeros is zero, and does not raise. Compiled code cannot raise: there the derivative
+    is NaN.
+
+    Args:
+        value: A floating-point tensor.
+        *others: Floating-point tensors.
+        message: What the error says.
+
+    Returns:
+        The value.
+
+    Raises:
+        RuntimeError: When differentiated.
+
+    Example:
+        >>> torch.func.grad(lambda x: refuse(x**2, torch.ones(3), message="no derivative"))(torch.tensor(2.0))
+        tensor(4.)
+    """
+
+    def vjp(inputs, outputs, cotangents, wanted):
+        if any(wanted[1:]):
+            raise RuntimeError(message)
+        return cotangents[0], *(None for _ in others)
+
+    def jvp(inputs, outputs, tangents):
+        if any(map(_moves, tangents[1:])):
+            raise RuntimeError(message)
+        return (tangents[0],)
+
+    def traced(value, *others):
+        poison = functools.reduce(torch.add, [((o - o.detach()).abs().sqrt()).sum() for o in others])
+        return (value + 0 * poison,)  # of infinite derivative
+
+    if not others:
+        return value
+    return by_rule(Rules(lambda value, *others: (value.clone(),), vjp, jvp, "vmap"), traced)(value, *others)[0]
+
+
+def _moves(tangent: Tensor | None) -> bool:
+    return tangent is not None and any_lane(tangent != 0)
