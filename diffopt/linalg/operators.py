@@ -30,12 +30,17 @@ FEW = 8  # rows that cost less one by one than through vmap
 
 
 class Bound(NamedTuple):
-    """An operator at given parameters, on flat vectors: its two products, its dense matrix, and whether it holds it."""
+    """An operator at given parameters, on flat vectors: its two products, its dense matrix, and whether it holds it.
+
+    A transposed one keeps the product that it was given, `untransposed`: where the operator is symmetric, that has the
+    same values, without the automatic transposition.
+    """
 
     matvec: Product
     rmatvec: Product
     dense: Callable[[], Tensor]
     held: bool = False
+    untransposed: Product | None = None
 
 
 class Space(NamedTuple):
@@ -115,6 +120,14 @@ class LinearOperator:
         """Whether the tags say that the operator equals its transpose."""
         return bool(self.tags & {"symmetric", "positive_definite", "diagonal"})
 
+    def bind_values(self, *parameters: Tensor) -> Bound:
+        """`bind`, for values that are not differentiated: a symmetric operator needs no transposed product."""
+        bound = self.bind(*parameters)
+        if not self.symmetric:
+            return bound
+        product = bound.untransposed or bound.matvec
+        return bound._replace(matvec=product, rmatvec=product)
+
     def matvec(self, v: Tree) -> Tree:
         """The product `A v`, a tree like the codomain."""
         return self.codomain.unravel(self.bind(*self.parameters).matvec(self.domain.check(v, "v")))
@@ -128,7 +141,7 @@ class LinearOperator:
 
         def bind(*parameters):
             bound = self.bind(*parameters)
-            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT, bound.held)
+            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT, bound.held, bound.matvec)
 
         tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
         return dataclasses.replace(self, bind=bind, domain=self.codomain, codomain=self.domain, tags=tags)

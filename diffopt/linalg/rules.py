@@ -74,7 +74,7 @@ def solve_by_rule(
         return _run(problem, solver, operator.bind(*operator.parameters), b, start, operator.tags, alarm)
     if batched_at_most((*operator.parameters, b)):
         with torch.no_grad():
-            return _run(problem, solver, operator.bind(*operator.parameters), b, init, operator.tags, alarm)
+            return _run(problem, solver, operator.bind_values(*operator.parameters), b, init, operator.tags, alarm)
     count = len(operator.parameters)
     rebuild, held, _ = hoist(solver)
     extras = [t.detach() for t in ([] if init is None else [init]) + held]  # they do not move the solution
@@ -90,7 +90,7 @@ def solve_by_rule(
 
     def primal(*inputs):
         start = None if init is None else inputs[count + 1]
-        bound = operator.bind(*inputs[:count])
+        bound = operator.bind_values(*inputs[:count])
         x, status = _run(problem, closed(inputs), bound, inputs[count], start, operator.tags, alarm)
         return x, *status
 
