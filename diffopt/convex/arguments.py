@@ -144,5 +144,5 @@ def norm(x: Tensor) -> Tensor:
     size = x.detach().abs().amax()
     size = torch.where(size > 0, size, 1.0)  # held constant: the norm does not depend on it
     squares = ((x / size) ** 2).sum()
-    positive = squares > 0
-    return size * torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    zero = squares == 0  # not so of NaN, which stays
+    return size * torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())

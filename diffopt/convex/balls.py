@@ -106,7 +106,7 @@ def projection_l2_sphere(x: Tree, value: Numeric = 1.0) -> Tree:
     vector, unravel = flatten_vector(x, "x")
     radius = scalar(value, "value", vector, at_least=0.0)
     length = norm(vector)
-    nonzero = length > 0
+    nonzero = length != 0  # NaN stays
     direction = torch.where(nonzero, vector / torch.where(nonzero, length, 1.0), vector.numel() ** -0.5)
     return unravel(radius * direction)
 
@@ -137,8 +137,8 @@ def projection_l2_ball(x: Tree, max_value: Numeric = 1.0) -> Tree:
     vector, unravel = flatten_vector(x, "x")
     radius = scalar(max_value, "max_value", vector, at_least=0.0)
     length = norm(vector)
-    outside = length > radius
-    return unravel(torch.where(outside, radius * (vector / torch.where(outside, length, 1.0)), vector))
+    inside = length <= radius  # not so of NaN, which stays
+    return unravel(torch.where(inside, vector, radius * (vector / torch.where(inside, 1.0, length))))
 
 
 def projection_linf_ball(x: Tree, max_value: Numeric = 1.0) -> Tree:

@@ -73,13 +73,18 @@ def kl_projection_simplex(x: Tree, value: Numeric = 1.0) -> Tree:
 
 
 def project_rows(x: Tensor, value: Numeric) -> Tensor:
-    """The projection of each row of a tensor onto the simplex of its value, of shape (..., 1) or 0-d."""
+    """The projection of each row of a tensor onto the simplex of its value, of shape (..., 1) or 0-d.
+
+    A row that holds NaN or inf becomes NaN.
+    """
     # the largest entry is held constant: a common shift moves no projection
-    shifted = x - x.detach().amax(-1, keepdim=True)
+    largest = x.detach().amax(-1, keepdim=True)
+    shifted = x - largest
     support = _support(shifted.detach(), detached(value))
     count = support.sum(-1, keepdim=True).clamp(min=1)
     tau = (torch.where(support, shifted, 0.0).sum(-1, keepdim=True) - value) / count
-    return torch.where(support, (shifted - tau).clamp(min=0), 0.0)
+    zero = (largest - largest) + (tau - tau).detach()  # or NaN
+    return torch.where(support, (shifted - tau).clamp(min=0), zero)
 
 
 def _support(shifted: Tensor, value: Numeric) -> Tensor:

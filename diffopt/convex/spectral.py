@@ -35,7 +35,7 @@ def positive_part(X: Tensor) -> Tensor:
 
 
 def _positive_part_of(X):
-    values, vectors = torch.linalg.eigh(X)
+    values, vectors = _eigh(X)
     return (_assemble(vectors, torch.relu(values)),)
 
 
@@ -48,6 +48,13 @@ def _positive_part_vjp(inputs, outputs, cotangents, wanted):
 def _positive_part_jvp(inputs, outputs, tangents):
     (X,), (P,), (H,) = inputs, outputs, tangents
     return ((H + _lyapunov(2 * P - X, X @ H + H @ X)[0]) / 2,)
+
+
+def _eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; NaN for a matrix that is not finite, which must not stop other lanes."""
+    sound = X.isfinite().all()
+    values, vectors = torch.linalg.eigh(torch.where(sound, X, 0.0))
+    return torch.where(sound, values, torch.nan), vectors
 
 
 def _assemble(vectors: Tensor, values: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ def _lyapunov_jvp(inputs, outputs, tangents):
 
 def _lyapunov_solver(Y: Tensor) -> Callable[[Tensor], Tensor]:
     """The solution Z of Y Z + Z Y = C for a positive semidefinite Y, 0 between eigenvectors of eigenvalue 0."""
-    values, V = torch.linalg.eigh(Y)
+    values, V = _eigh(Y)
     sums = values.clamp(min=0)[:, None] + values.clamp(min=0)
     regular = sums > values.numel() * torch.finfo(Y.dtype).eps * values.abs().amax()
     weights = torch.where(regular, 1 / torch.where(regular, sums, 1.0), 0.0)
@@ -81,7 +88,7 @@ def _lyapunov_solver(Y: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _traceable_positive_part(X):
     """Corrections of value 0, each of which makes the derivatives right to one more order."""
-    values, vectors = torch.linalg.eigh(X.detach())
+    values, vectors = _eigh(X.detach())
     start = Y = _assemble(vectors, values.abs())
     solve = _lyapunov_solver(Y)
     for _ in range(3):

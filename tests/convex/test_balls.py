@@ -109,3 +109,11 @@ def test_what_is_refused(project):
         project(torch.ones(3), -1.0)
     with pytest.raises(TypeError, match="floating-point"):
         project(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "project", [projection_l1_ball, projection_l1_sphere, projection_l2_ball, projection_l2_sphere]
+)
+def test_what_is_not_finite_shows(project, bad):
+    assert project(torch.tensor([0.6, bad, -0.4])).isnan().all()

@@ -107,3 +107,13 @@ def test_nothing_is_zero_divided_at_value_zero():
     J = jacrev(projection_simplex)(random(3), torch.tensor(0.0, dtype=F64))
     assert (projection_simplex(random(3), 0.0) == 0).all()
     assert J.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(bad):
+    x = torch.tensor([0.6, bad, -0.4])
+    assert projection_simplex(x).isnan().all()
+    assert projection_simplex(torch.tensor([0.6, -0.4]), torch.tensor(torch.nan)).isnan().all()
+    lanes = torch.func.vmap(projection_simplex)(torch.stack([x, torch.tensor([0.6, 0.2, -0.4])]))
+    assert torch.allclose(lanes[1], torch.tensor([0.7, 0.3, 0.0]))
+    assert projection_simplex(x.bfloat16()).dtype == torch.bfloat16
