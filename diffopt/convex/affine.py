@@ -99,7 +99,10 @@ def projection_affine_set(x: Tree, A: Tensor, b: Tensor) -> Tree:
     check_matrix(A, "A", vector.numel())
     check_vector(b, "b", A.shape[0])
     every = torch.ones(A.shape[0], dtype=torch.bool, device=A.device)
-    return unravel(project_active_rows(vector, A.to(vector.dtype), b.to(vector.dtype), every))
+    A, b = A.to(vector.dtype), b.to(vector.dtype)
+    projected = project_active_rows(vector, A, b, every)
+    _check_equations(A.detach(), b.detach(), projected.detach())
+    return unravel(projected)
 
 
 def project_active_rows(x: Tensor, C: Tensor, d: Tensor, active: Tensor) -> Tensor:
@@ -117,6 +120,15 @@ def project_active_rows(x: Tensor, C: Tensor, d: Tensor, active: Tensor) -> Tens
     for _ in range(2):
         corrected = project(corrected, C.detach(), d.detach())
     return y + (corrected - y.detach())
+
+
+def _check_equations(A: Tensor, b: Tensor, x: Tensor) -> None:
+    """Raise where rows depend on one another so nearly that the factorization did not notice."""
+    size = A.abs() @ x.abs() + b.abs()
+    missed = (A @ x - b).abs() > torch.finfo(x.dtype).eps ** 0.5 * size
+    unless(
+        ~missed.any(), "`A` must have independent rows: the equations depend on one another. Leave out those that do."
+    )
 
 
 def _onto(x: Tree, a: Tree, b: Numeric, part) -> Tree:

@@ -114,12 +114,13 @@ def _active_rows(x: Tensor, C: Tensor, d: Tensor, equations: int, max_steps: int
     lengths = C.norm(dim=1)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     C, d = C / lengths[:, None], d / lengths
-    finite = x.isfinite().all() & C.isfinite().all() & ~d.isnan().any()
-    slack = d == torch.inf  # such a row never holds
+    is_equation = torch.arange(d.numel(), device=x.device) < equations
+    slack = ~is_equation & (d == torch.inf)  # such a row never holds
+    finite = x.isfinite().all() & C.isfinite().all() & (d.isfinite() | slack).all()
     d = torch.where(slack, 0.0, d)
     tolerance = 64 * precision * (x.norm() + d.abs().amax())
     excess = torch.where(slack, -torch.inf, C @ x - d)
-    rows = _Rows(C @ C.mT, excess, torch.arange(d.numel(), device=x.device) < equations, tolerance)
+    rows = _Rows(C @ C.mT, excess, is_equation, tolerance)
     no = torch.zeros((), dtype=torch.bool, device=x.device)
     start = _State(
         torch.zeros_like(d, dtype=torch.bool), torch.zeros_like(no, dtype=torch.int64), no.double(), no, no, ~finite

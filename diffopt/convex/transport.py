@@ -123,6 +123,8 @@ def ones_like_marginals(X: Tensor) -> tuple[Tensor, Tensor]:
 def check_marginals(X: Tensor, marginals: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Check the shapes, the signs and the totals of marginals, and give them in the dtype of X."""
     check_matrix(X, "X")
+    if not X.numel():
+        raise ValueError(f"`X` must have at least one entry; got shape {tuple(X.shape)}.")
     if not isinstance(marginals, (tuple, list)) or len(marginals) != 2:
         raise TypeError("`marginals` must be a pair: the sums of the rows and the sums of the columns.")
     rows, columns = marginals
@@ -187,7 +189,7 @@ def _interior_point(X: Tensor, rows: Tensor, columns: Tensor, max_steps: int) ->
 
     state = while_loop(live, body, start, max_steps=max_steps)
     support = allowed & (state.plan > state.cost)
-    return torch.where(support, state.plan, 0.0), ~live(state)
+    return torch.where(support, state.plan, 0.0), ~live(state) & (torch.inf > X).all()  # of NaN, no
 
 
 def _longest(P: Tensor, dP: Tensor, S: Tensor, dS: Tensor) -> Tensor:

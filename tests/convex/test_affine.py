@@ -85,3 +85,12 @@ def test_what_is_refused():
         projection_affine_set(x, 3, torch.ones(3))
     with pytest.raises(LinearSolveError, match="singular"):
         projection_affine_set(x, torch.ones(2, 3), torch.ones(2))
+
+
+def test_rows_that_depend_on_one_another_but_for_rounding_are_refused():
+    A = random(3, 5, seed=5).float()
+    A[2] = A[0] + 0.3 * A[1]
+    with pytest.raises((ValueError, LinearSolveError), match=r"independent|singular"):
+        projection_affine_set(torch.ones(5), A, torch.ones(3))
+    with pytest.raises((ValueError, LinearSolveError), match=r"independent|singular"):
+        projection_affine_set(torch.ones(3), random(4, 3, seed=6).float(), torch.ones(4))

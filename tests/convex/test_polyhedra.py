@@ -147,3 +147,12 @@ def test_what_is_refused():
         projection_polyhedron(x, None, None, torch.ones(1, 2), torch.ones(1))
     with pytest.raises(ValueError, match=r"`h` must have shape \(1,\)"):
         projection_polyhedron(x, None, None, torch.ones(1, 3), torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
+def test_a_bound_that_no_point_meets_is_refused(bad):
+    x, row = torch.tensor([0.7, -0.3]), torch.ones(1, 2)
+    with pytest.raises(ProjectionError, match="found no point"):
+        projection_polyhedron(x, None, None, row, torch.tensor([bad]))
+    with pytest.raises(ProjectionError, match="found no point"):
+        projection_polyhedron(x, row, torch.tensor([torch.inf]), None, None)

@@ -90,3 +90,9 @@ def test_what_is_refused():
         kl_projection_transport(torch.ones(2, 2), (torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])))
     with pytest.raises(ValueError, match="`X` must be square"):
         kl_projection_birkhoff(torch.ones(2, 3))
+
+
+def test_entries_too_large_for_their_multipliers_are_refused():
+    X = 1e30 * torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, -0.3], [0.2, 0.9, 0.4]])
+    with pytest.raises(ProjectionError, match="magnitudes too far apart"):
+        kl_projection_birkhoff(X)

@@ -123,3 +123,12 @@ def test_what_is_refused():
         projection_transport(X, (half, torch.ones(3)))
     with pytest.raises(TypeError, match="must be a pair"):
         projection_transport(X, half[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_entry_that_is_not_finite_is_refused(bad):
+    X = torch.tensor([[bad, 0.2], [0.1, 0.4]])
+    with pytest.raises(ProjectionError, match="holds NaN or inf"):
+        projection_birkhoff(X)
+    with pytest.raises(ValueError, match="at least one entry"):
+        projection_birkhoff(X[:0, :0])
