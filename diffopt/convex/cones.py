@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffopt.convex.arguments import check_matrix, flatten_vector, norm
 from diffopt.convex.spectral import positive_part
+from diffopt.linalg.protocol import check_precision
 from diffopt.typing import Tree
 
 __all__ = ["projection_psd_cone", "projection_second_order_cone"]
@@ -84,6 +85,7 @@ def projection_psd_cone(X: Tensor) -> Tensor:
         matrices", Set-Valued Analysis 2006, theorem 3.7.
     """
     check_matrix(X, "X")
+    check_precision(X.dtype, "projection_psd_cone")
     if X.shape[0] != X.shape[1]:
         raise ValueError(f"`X` must be square; got {tuple(X.shape)}. Map over several matrices by torch.func.vmap.")
     return positive_part(X)

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.convex.arguments import check_matrix, flatten_floating, flatten_vector, norm, scalar, spread
 from diffopt.convex.spectral import positive_part
+from diffopt.linalg.protocol import check_precision
 from diffopt.typing import Numeric, Tree
 
 __all__ = [
@@ -255,6 +256,7 @@ def prox_nuclear(x: Tensor, l1reg: Numeric = 1.0, scaling: Numeric = 1.0) -> Ten
         theorem 2.1.
     """
     check_matrix(x, "x")
+    check_precision(x.dtype, "prox_nuclear")
     threshold = _threshold(x, "l1reg", l1reg, scaling)
     n, m = x.shape
     # the eigenvalues of this matrix are the singular values and their negatives

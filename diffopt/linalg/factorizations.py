@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.linalg.operators import Bound, LinearOperator, Tag
-from diffopt.linalg.protocol import Status, solved_directly
+from diffopt.linalg.protocol import Status, check_precision, solved_directly
 from diffopt.linalg.stopping import check_options
 
 __all__ = ["LU", "QR", "SVD", "Cholesky", "Factorized", "by_inverse"]
@@ -40,7 +40,7 @@ class LU:
 
     def factorize(self, bound: Bound, like: Tensor, tags: frozenset[Tag]) -> Factorized:
         """The function that solves for a right side with the factors."""
-        A = bound.dense()
+        A = _matrix(bound, "LU")
         sound = A.isfinite().all()
         # LAPACK gives no pivots for NaN
         LU, pivots, info = torch.linalg.lu_factor_ex(torch.where(sound, A, _eye(A)))
@@ -98,7 +98,7 @@ class Cholesky:
 
     def factorize(self, bound: Bound, like: Tensor, tags: frozenset[Tag]) -> Factorized:
         """The function that solves for a right side with the factor."""
-        A = bound.dense()
+        A = _matrix(bound, "Cholesky")
         L, info = torch.linalg.cholesky_ex(A)
         even = (A - A.mT).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5 * A.abs().amax()
         return lambda b: solved_directly(torch.cholesky_solve(b[:, None], L)[:, 0], (info == 0) & even)
@@ -142,7 +142,7 @@ class QR:
 
     def factorize(self, bound: Bound, like: Tensor, tags: frozenset[Tag]) -> Factorized:
         """The function that solves for a right side with the factors."""
-        A = bound.dense()
+        A = _matrix(bound, "QR")
         wide = A.shape[0] < A.shape[1]
         sound = A.isfinite().all()
         tall = torch.where(sound, A.mT if wide else A, torch.ones_like(A.mT if wide else A))
@@ -241,7 +241,7 @@ class SVD:
 
     def _decomposed(self, bound: Bound) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The product with the pseudo-inverse, and whether no singular value was cut."""
-        A = bound.dense()
+        A = _matrix(bound, "SVD")
         sound = A.isfinite().all()
         U, S, Vh = torch.linalg.svd(torch.where(sound, A, torch.zeros_like(A)), full_matrices=False)
         kept = self._cut(A) * S[0] < S
@@ -255,6 +255,12 @@ class SVD:
 
 def by_inverse(bound: Bound, b: Tensor) -> Tensor:
     return torch.linalg.inv(bound.dense()) @ b
+
+
+def _matrix(bound: Bound, name: str) -> Tensor:
+    A = bound.dense()
+    check_precision(A.dtype, name)
+    return A
 
 
 def _eye(A: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffopt.autodiff import any_lane, while_loop
 from diffopt.linalg.operators import Bound, LinearOperator, Product, Tag
 from diffopt.linalg.preconditioners import Preconditioner, flattened, product_of, transposed_of
-from diffopt.linalg.protocol import Status
+from diffopt.linalg.protocol import Status, check_precision
 from diffopt.linalg.stopping import CAUSES, check_options, counter, nonzero, norm, residual_of, scaled
 
 __all__ = ["GMRES"]
@@ -55,6 +55,7 @@ class GMRES:
 
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
         """The solution of `bound x = b` from the initial guess `x`, and how the solve ended."""
+        check_precision(b.dtype, "GMRES")
         b, x, limit, scale = scaled(self, b, x)
         size = min(self.restart, b.numel())
         restarts = max(10, 10 * b.numel() // self.restart) if self.max_restarts is None else self.max_restarts

@@ -56,7 +56,9 @@ class LSMR:
     def least_squares(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
         """The least-squares solution (of least norm if there is no initial guess), and how the solve ended."""
         found, steps, r, limit, normal_limit = self._iterated(bound, b, x)
-        return found, Status((norm(r) <= 10 * limit) | (norm(bound.rmatvec(r)) <= normal_limit), steps)
+        normal = bound.rmatvec(r)
+        small = (norm(normal) <= normal_limit) & ((norm(normal) > 0) | (normal == 0).all())  # no underflow
+        return found, Status((norm(r) <= 10 * limit) | small, steps)
 
     def transposed(self) -> "LSMR":
         """The solver for the transposed system: itself."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.linalg.operators import Bound, LinearOperator, Product
+from diffopt.linalg.protocol import check_precision
 from diffopt.typing import Tree
 
 __all__ = ["FlatPreconditioner", "Preconditioner", "block_jacobi", "flattened", "jacobi", "product_of", "transposed_of"]
@@ -32,6 +33,7 @@ def jacobi(operator: LinearOperator) -> LinearOperator:
 
     Raises:
         ValueError: if the operator is not square.
+        TypeError: if it is no operator, or of half precision.
 
     Example:
         >>> from diffopt.linalg import CG, linear_solve, matrix_operator
@@ -60,6 +62,7 @@ def block_jacobi(operator: LinearOperator, block_size: int) -> LinearOperator:
 
     Raises:
         ValueError: if the operator is not square, or `block_size` is not a positive int.
+        TypeError: if it is no operator, or of half precision.
 
     Example:
         >>> from diffopt.linalg import matrix_operator
@@ -70,10 +73,15 @@ def block_jacobi(operator: LinearOperator, block_size: int) -> LinearOperator:
     References:
         Saad (2003), Iterative methods for sparse linear systems, section 12.2.
     """
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(
+            f"a preconditioner needs an operator, such as matrix_operator(A); got {type(operator).__name__}"
+        )
     if operator.shape[0] != operator.shape[1]:
         raise ValueError(f"a preconditioner needs a square operator; got shape {operator.shape}")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be a positive int; got {block_size!r}")
+    check_precision(operator.domain.dtype, "a preconditioner of blocks")
     n = operator.shape[0]
     size = max(1, min(block_size, n))
     with torch.no_grad():

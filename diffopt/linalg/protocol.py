@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffopt.linalg.operators import Bound, LinearOperator, Tag
 
-__all__ = ["LinearSolver", "Status", "nothing_to_solve", "prepared", "solved_directly"]
+__all__ = ["LinearSolver", "Status", "check_precision", "nothing_to_solve", "prepared", "solved_directly"]
 
 
 class Status(NamedTuple):
@@ -59,3 +59,11 @@ def nothing_to_solve(like: Tensor) -> Status:
     return Status(
         torch.ones((), dtype=torch.bool, device=like.device), torch.zeros((), dtype=torch.int64, device=like.device)
     )
+
+
+def check_precision(dtype: torch.dtype, name: str) -> None:
+    """Raise for a dtype that torch cannot factorize a matrix in."""
+    if dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name} needs float32 or float64, as torch factorizes no matrix in {dtype}; convert to float32"
+        )

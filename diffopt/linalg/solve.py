@@ -189,6 +189,9 @@ def solve_columns(
     shape = (operator.domain.size, b.shape[1])
     if init is not None and (not isinstance(init, Tensor) or init.shape != shape):
         raise ValueError(f"init must have shape {shape}, a column for each right side")
+    if not b.shape[1]:  # torch maps over none only what is elementwise
+        none = b.new_zeros(0)
+        return (b.new_zeros(shape), LinearStats(none > 0, none, none.long())) if has_aux else b.new_zeros(shape)
     found = torch.func.vmap(run, in_dims=1)(b, *(() if init is None else (init,)))
     return (found[0].mT, found[1]) if has_aux else found.mT
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.autodiff import any_lane
 from diffopt.linalg.factorizations import LU, Factorized, by_inverse
 from diffopt.linalg.operators import Bound, LinearOperator, Tag
-from diffopt.linalg.protocol import Status, solved_directly
+from diffopt.linalg.protocol import Status, check_precision, solved_directly
 from diffopt.linalg.stopping import nonzero
 
 __all__ = ["Diagonal", "Triangular", "Tridiagonal"]
@@ -87,6 +87,7 @@ class Triangular:
     def factorize(self, bound: Bound, like: Tensor, tags: frozenset[Tag]) -> Factorized:
         """The function that solves for a right side with the matrix."""
         A, upper = bound.dense(), "upper_triangular" in tags
+        check_precision(A.dtype, "Triangular")
         regular = (A.diagonal() != 0).all()
 
         def solve(b):

@@ -152,3 +152,12 @@ def test_what_is_refused():
         projection_psd_cone(torch.ones(2, 3))
     with pytest.raises(ValueError, match="`X` must be a matrix"):
         projection_psd_cone(torch.ones(2, 2, 2))
+
+
+def test_a_matrix_that_is_not_finite_shows_and_spares_other_lanes():
+    X = torch.stack([torch.full((2, 2), torch.nan), torch.diag(torch.tensor([2.0, -1.0]))])
+    found = torch.func.vmap(projection_psd_cone)(X)
+    assert found[0].isnan().all()
+    assert torch.equal(found[1], torch.diag(torch.tensor([2.0, 0.0])))
+    with pytest.raises(TypeError, match="projection_psd_cone needs float32 or float64"):
+        projection_psd_cone(torch.eye(2, dtype=torch.bfloat16))

@@ -114,3 +114,10 @@ def test_solvers_are_values():
     assert LU() == LU()
     assert hash(SVD(1e-3)) == hash(SVD(1e-3))
     assert SVD(1e-3) != SVD()
+
+
+@pytest.mark.parametrize("solver", [LU(), QR(), SVD(), Cholesky()])
+def test_half_precision_is_refused(solver):
+    A = operator_of(torch.eye(2, dtype=torch.bfloat16), tags=["positive_definite"])
+    with pytest.raises(TypeError, match=f"{type(solver).__name__} needs float32 or float64"):
+        linear_solve(A, torch.ones(2, dtype=torch.bfloat16), solver)

@@ -26,3 +26,8 @@ def test_steps_count_vectors_over_all_restarts():
     assert parts.steps > whole.steps
     assert parts.converged
     assert parts.residual <= 4e-11
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(TypeError, match="GMRES needs float32 or float64"):
+        linear_solve(torch.eye(2).half(), torch.ones(2).half(), GMRES())

@@ -65,3 +65,9 @@ def test_a_large_sparse_problem_by_products():
     assert 0 < stats.steps < 100
     assert (x - values).abs().max() < 0.1
     assert op.rmatvec(b - op.matvec(x)).norm() <= 1e-9 * b.norm()
+
+
+def test_an_underflow_is_no_solution():
+    A = 1e-30 * torch.tensor([[1.0, 0.5], [1.0, 1.0], [1.0, 2.0]])
+    with pytest.raises(LinearSolveError, match="LSMR"):
+        lstsq(A, torch.tensor([1.0, 3.0, 5.0]), LSMR())

@@ -144,3 +144,10 @@ def test_bad_inputs_raise(make, message):
 
 def test_nothing_to_precondition():
     assert jacobi(matrix_operator(torch.ones(0, 0))).matvec(torch.ones(0)).shape == (0,)
+
+
+def test_what_is_no_operator_is_refused():
+    with pytest.raises(TypeError, match="needs an operator, such as matrix_operator"):
+        jacobi(torch.eye(2))
+    with pytest.raises(TypeError, match="needs float32 or float64"):
+        block_jacobi(matrix_operator(torch.eye(2, dtype=torch.bfloat16)), 2)

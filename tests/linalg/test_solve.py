@@ -221,3 +221,11 @@ def test_columns_of_a_wrong_kind_raise():
     op = matrix_operator(A, domain=B[:, None], codomain=B[:, None])
     with pytest.raises(ValueError, match="b must have 2 elements; got 6"):
         linear_solve(op, torch.ones(2, 3, dtype=F64))
+
+
+@pytest.mark.parametrize("solver", [Dense(), GMRES()])
+def test_no_right_sides_have_no_solutions(solver):
+    A = torch.tensor([[2.0, 1.0], [0.5, 3.0]])
+    x, stats = linear_solve(A, torch.ones(2, 0), solver, has_aux=True)
+    assert x.shape == (2, 0)
+    assert stats.converged.shape == (0,)
