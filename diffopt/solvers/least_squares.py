@@ -11,7 +11,7 @@ import torch
 
 from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
-from diffopt.solvers.bounds import check_bounds, flat_bounds
+from diffopt.solvers.bounds import check_bounds, crossed_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.levenberg_marquardt import LevenbergMarquardt
 from diffopt.solvers.residuals import Residuals
@@ -84,6 +84,7 @@ def least_squares(
     solver = LevenbergMarquardt() if solver is None else solver
     if boxed and "bounds" not in getattr(solver, "handles", ()):
         raise ValueError(f"{type(solver).__name__} cannot handle bounds; use LevenbergMarquardt()")
+    tree.check_tensors(init, name="init")
     example = tree.map(torch.detach, init)
     problem = functools.partial(_residuals, fn, bounds, example)
 
@@ -95,11 +96,17 @@ def least_squares(
     return solve(
         "least_squares", solver, problem, Equation(optimality, symmetric=not boxed), init, args,
         adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,
+        refused=crossed_bounds(bounds, example),
     )  # fmt: skip
 
 
 def _residuals(fn, bounds, init: Tree, unravel: Callable, args: tuple) -> Residuals:
     def errors(x):
-        return tree.ravel(fn(unravel(x), *args))[0]
+        value = fn(unravel(x), *args)
+        tree.check_tensors(value, name="the value of fn")
+        vector = tree.ravel(value)[0]
+        if vector.dtype != x.dtype:
+            raise TypeError(f"least_squares needs residuals of the dtype of init, {x.dtype}; got {vector.dtype}")
+        return vector
 
     return Residuals(errors, *flat_bounds(bounds, init))

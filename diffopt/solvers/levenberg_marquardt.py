@@ -86,7 +86,8 @@ class LevenbergMarquardt:
         x = problem.clip(x)
         at = problem.linearized(x, self._dense(x))
         if self._dense(x):
-            largest = (at.jacobian * at.jacobian).sum(0).amax()
+            lengths = (at.jacobian * at.jacobian).sum(0)
+            largest = lengths.amax() if lengths.numel() else at.value
         else:
             image = problem.push(x, at.slope)
             largest = image @ image / _nonzero(at.slope @ at.slope)

@@ -14,7 +14,7 @@ from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
 from diffopt.implicit.optimality import KKT
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
-from diffopt.solvers.bounds import check_bounds, flat_bounds
+from diffopt.solvers.bounds import check_bounds, crossed_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
@@ -97,6 +97,7 @@ def minimize(
     if len(found) > 1:
         raise ValueError(f"minimize takes one structure; got {' and '.join(found)}. Write one as a constraint")
     check_bounds(bounds)
+    tree.check_tensors(init, name="init")
     if projection is not None:
         prox = lambda x, scaling: projection(x)  # noqa: E731
     start = _with_multipliers(init, args, equality, inequality) if constrained else init
@@ -118,6 +119,7 @@ def minimize(
     solution = solve(
         "minimize", solver, problem, Equation(optimality, symmetric=structure is None), start, args,
         adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,
+        refused=crossed_bounds(bounds, init),
     )  # fmt: skip
     if not constrained:
         return solution
@@ -143,9 +145,20 @@ _DEFAULTS: dict[Structure | None, Any] = {
 
 def _with_multipliers(init: Tree, args: tuple, equality, inequality) -> KKT:
     """The start with a multiplier of 0 for each constraint."""
-    values = [() if c is None else tree.zeros_like(c(init, *args)) for c in (equality, inequality)]
-    tensors, merge = tree.partition(values)
-    return KKT(init, *merge([v.detach() for v in tensors]))
+    given = ("equality", equality), ("inequality", inequality)
+    return KKT(init, *(() if c is None else _zeros(c(init, *args), name, init) for name, c in given))
+
+
+def _zeros(value: Tree, name: str, init: Tree) -> Tree:
+    """A zero for each value of a constraint, which must be numbers of the unknowns' dtype."""
+    tree.check_tensors(value, name=f"the value of {name}")
+    dtype = tree.leaves(init)[0].dtype
+    found = [v.dtype for v in tree.leaves(value)]
+    if not found:
+        raise ValueError(f"{name} must return at least one tensor; got {value!r}")
+    if any(d != dtype for d in found):
+        raise TypeError(f"{name} must return tensors of the dtype of init, {dtype}; got {found}")
+    return tree.map(lambda v: torch.zeros_like(v.detach()), value)
 
 
 def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Callable, args: tuple) -> Objective:
@@ -157,10 +170,14 @@ def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Call
         if not isinstance(out, Tensor) or out.ndim != 0:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"minimize needs a function of a scalar value, a 0-d tensor; got {found}. Sum it first")
+        if not (out.is_floating_point() or out.is_complex()):
+            raise TypeError(f"minimize needs a differentiable function, of a floating-point value; got {out.dtype}")
         return out
 
     def on_vectors(x, scaling):
-        return tree.ravel(prox(unravel(x), scaling))[0]
+        moved = prox(unravel(x), scaling)
+        tree.check_like(moved, init, name="the value of prox or projection", reference_name="init")
+        return tree.ravel(moved)[0]
 
     if equality is None and inequality is None:
         return Objective(value, prox and on_vectors, *flat_bounds(bounds, init), unravel=unravel)

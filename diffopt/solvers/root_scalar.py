@@ -115,6 +115,9 @@ def _on_vectors(equation, lower, upper, expand, unravel: Callable, args: tuple) 
 
 def _placed(fn, init, args, bracket) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The start and the ends, as detached 0-d tensors of one dtype: that of the first, or of the value of `fn`."""
+    for name, value in (("init", init), *(("an end of the bracket", end) for end in bracket or ())):
+        if not isinstance(value, (int, float, Tensor)) and not (name == "init" and value is None):
+            raise TypeError(f"root_scalar needs {name} to be a number or a 0-d tensor; got {type(value).__name__}")
     others: Any = tree.partition(args)[0] if isinstance(args, tuple) else ()
     given = [t for t in (init, *(bracket or ()), *others) if isinstance(t, Tensor)]
     like = next((t for t in given if t.is_floating_point()), None)

@@ -20,8 +20,9 @@ RESULTS = {
     "fn; a step left it; fn is not differentiable there, or unbounded below",
     STALLED: "no step makes progress. Likely causes: fn is not smooth, or its derivative is wrong; rtol and atol are "
     "too tight for the dtype; the Jacobian is singular; fn is unbounded below",
-    REFUSED: "the problem is not what the method is for. Likely causes: the ends of the bracket have values of the "
-    "same sign; the constraints cannot be met together",
+    REFUSED: "the problem is not what the method is for. Likely causes: a lower bound lies above its upper "
+    "bound; the ends of the bracket have values of the same sign; the constraints cannot be met together, or fn is "
+    "unbounded below within them",
 }
 
 

@@ -88,7 +88,8 @@ class SQUAREM:
         twice = fn(once)
         v = twice - once - r
         size, bend = _length(r), _length(v)
-        a = (size / bend).clamp(min=1.0)
+        # two steps that are alike to rounding tell no length
+        a = torch.where(bend <= torch.finfo(v.dtype).eps * size, 1.0, (size / bend).clamp(min=1.0))
         far = state.x + 2 * a * r + a * a * v
         moved = fn(far)
         good = _length(moved - far) <= self.growth * size  # of NaN, no

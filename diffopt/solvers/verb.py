@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from diffopt import tree
 from diffopt.implicit.adjoints import Adjoint, Batching, Equation
 from diffopt.linalg.operators import Space
 from diffopt.solvers.iterate import Iteration
-from diffopt.solvers.solution import Solution, check_result
+from diffopt.solvers.solution import REFUSED, Solution, check_result
 from diffopt.typing import Tree
 
 __all__ = ["solve"]
@@ -24,6 +27,7 @@ def solve(
     adjoint: Adjoint,
     settings: dict[str, Any],
     throw: bool | None,
+    refused: Tensor | None = None,
 ) -> Solution:
     """Run a solver on a problem, and give the solution the derivative of an adjoint.
 
@@ -37,6 +41,7 @@ def solve(
         adjoint: The adjoint.
         settings: As `options` returns them.
         throw: Whether to raise where a lane fails.
+        refused: Where the problem itself makes no sense, whatever the solver finds; a bool tensor, or None.
 
     Returns:
         The solution.
@@ -52,6 +57,16 @@ def solve(
     Space.like(init)
     run = Iteration(solver, problem, settings)
     batching: Batching = getattr(solver, "batching", "vmap")
-    value, (result, stats, state) = adjoint.solve(run, equation, init, args, batching=batching)
+    try:
+        value, (result, stats, state) = adjoint.solve(run, equation, init, args, batching=batching)
+    except (NotImplementedError, RuntimeError) as error:
+        if "not implemented for" in str(error) or "recision dtypes" in str(error):  # of torch, in half precision
+            dtype = tree.leaves(init)[0].dtype
+            raise TypeError(
+                f"{name} with {type(solver).__name__} needs what torch does not have in {dtype}: start from float32"
+            ) from error
+        raise
+    if refused is not None:
+        result = torch.where(refused, REFUSED, result)
     check_result(result, name, throw)
     return Solution(value, result, stats, state)

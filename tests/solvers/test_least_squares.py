@@ -15,7 +15,7 @@ from diffopt.solvers import (
     SolverError,
     least_squares,
 )
-from diffopt.solvers.solution import CONVERGED, MAX_STEPS, NONFINITE, STALLED
+from diffopt.solvers.solution import CONVERGED, MAX_STEPS, NONFINITE, REFUSED, STALLED
 
 DOSE = torch.tensor([0.038, 0.194, 0.425, 0.626, 1.253, 2.5, 3.74], dtype=torch.float64)
 RATE = torch.tensor([0.05, 0.127, 0.094, 0.2122, 0.2729, 0.2665, 0.3317], dtype=torch.float64)
@@ -264,3 +264,27 @@ def test_wrong_arguments_say_what_to_do():
         least_squares(enzyme, START, (RATE,), bounds=0.0)
     with pytest.raises(ValueError, match="learns the curvature"):
         fitted("lm", RATE, Unrolled(truncate=2))
+
+
+def test_crossed_bounds_are_refused():
+    found = least_squares(lambda x: x - 3, torch.ones(2), bounds=(2.0, 1.0), throw=False)
+    assert int(found.result) == REFUSED
+    with pytest.raises(SolverError, match="a lower bound lies above its upper"):
+        least_squares(lambda x: x - 3, torch.ones(2), bounds=(2.0, 1.0), solver=SciPyLeastSquares())
+
+
+@pytest.mark.parametrize("fn", [lambda x: x.double(), lambda x: (x > 0).long(), lambda x: x * 1j])
+def test_residuals_of_another_dtype_are_refused(fn):
+    with pytest.raises(TypeError, match=r"residuals of the dtype of init, torch\.float32"):
+        least_squares(fn, torch.ones(2))
+
+
+def test_residuals_and_starts_that_are_no_tensors_are_named():
+    with pytest.raises(TypeError, match="the value of fn` must be a tensor"):
+        least_squares(lambda x: 3.0, torch.ones(2))
+    with pytest.raises(TypeError, match="`init` must be a tensor"):
+        least_squares(lambda x: x, 1.0)
+
+
+def test_no_unknowns_are_solved():
+    assert least_squares(lambda x: x, torch.ones(0)).value.shape == (0,)

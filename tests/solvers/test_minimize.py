@@ -188,3 +188,22 @@ def test_arguments_are_checked():
 def test_bounds_take_the_default_solver():
     found = minimize(lambda x: ((x["a"] - 2) ** 2).sum(), {"a": f64(0.1, 0.2)}, bounds=(None, {"a": f64(1.0, 5.0)}))
     torch.testing.assert_close(found.value["a"], f64(1.0, 2.0), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("init", [1.0, {"a": torch.ones(2), "b": "s"}])
+def test_a_start_that_is_no_tensor_is_named(init):
+    with pytest.raises(TypeError, match=r"`init.* must be a tensor"):
+        minimize(lambda x: x, init)
+
+
+def test_an_integer_value_is_refused():
+    with pytest.raises(TypeError, match=r"of a floating-point value; got torch\.int64"):
+        minimize(lambda x: (x > 0).sum(), torch.ones(2))
+
+
+def test_half_precision_is_refused_where_torch_has_no_factorization():
+    loss = lambda x: ((x - 2) ** 2).sum()  # noqa: E731
+    with pytest.raises(TypeError, match="bfloat16: start from float32"):
+        minimize(loss, torch.ones(2, dtype=torch.bfloat16), bounds=(0.0, 1.5))
+    found = minimize(loss, torch.ones(2, dtype=torch.bfloat16), solver=BFGS())
+    assert torch.equal(found.value, torch.full((2,), 2.0, dtype=torch.bfloat16))

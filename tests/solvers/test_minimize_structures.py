@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.func import grad, jacrev, vmap
 
-from diffopt.solvers import LBFGS, LBFGSB, AugmentedLagrangian, FrankWolfe, ProximalGradient, SolverError, minimize
+from diffopt.solvers import (
+    LBFGS,
+    LBFGSB,
+    AugmentedLagrangian,
+    FrankWolfe,
+    ProximalGradient,
+    SciPyMinimize,
+    SolverError,
+    minimize,
+)
+from diffopt.solvers.solution import REFUSED
 
 F64 = torch.float64
 START = {"p": torch.zeros(2, dtype=F64), "q": torch.zeros((), dtype=F64)}
@@ -76,3 +86,46 @@ def test_what_is_refused():
         minimize(loss, START, A)
     with pytest.raises(SolverError, match="max_steps"):
         minimize(lambda x: (x**4).sum() + (x[0] - 3 * x[1]) ** 2, torch.ones(2, dtype=F64), max_steps=1)
+
+
+@pytest.mark.parametrize("solver", [None, ProximalGradient(), SciPyMinimize()])
+def test_crossed_bounds_are_refused_by_every_solver(solver):
+    def run(upper, throw=False):
+        return minimize(lambda x: (x**2).sum(), torch.ones(2), bounds=(1.0, upper), solver=solver, throw=throw)
+
+    assert int(run(-1.0).result) == REFUSED
+    assert vmap(lambda u: run(u).result)(torch.tensor([2.0, -1.0])).tolist() == [0, REFUSED]
+    with pytest.raises(SolverError, match="a lower bound lies above its upper"):
+        run(-1.0, throw=True)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((torch.zeros(3), None), r"the lower bound must expand to the shape of init, \(2,\); got \(3,\)"),
+        ((None, torch.zeros(2, 2)), r"the upper bound must expand to the shape of init, \(2,\); got \(2, 2\)"),
+        (({"a": 0.0}, None), "`the lower bound` must have the structure of `init`"),
+    ],
+)
+def test_bounds_of_another_shape_are_refused(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        minimize(lambda x: (x**2).sum(), torch.ones(2), bounds=bounds)
+
+
+@pytest.mark.parametrize("moved", [lambda x: x[None], lambda x: x.double(), lambda x: {"a": x}])
+def test_a_projection_must_keep_its_shape(moved):
+    with pytest.raises((ValueError, TypeError), match="the value of prox or projection"):
+        minimize(lambda x: (x**2).sum(), torch.ones(2), projection=moved)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda x: 0.0, "`the value of equality` must be a tensor, got float"),
+        (lambda x: (), r"equality must return at least one tensor; got \(\)"),
+        (lambda x: x.double(), "equality must return tensors of the dtype of init, torch.float32; got .*float64"),
+    ],
+)
+def test_constraints_must_be_numbers(value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        minimize(lambda x: (x**2).sum(), torch.ones(2), equality=value)

@@ -191,3 +191,9 @@ def test_wrong_arguments_say_what_to_do():
         root_scalar(fn, bracket=1.0)
     with pytest.raises(ValueError, match="depend on signs"):
         root_scalar(fn, bracket=(0.0, 2.0), adjoint=Unrolled())
+
+
+@pytest.mark.parametrize("options", [{"init": 1j}, {"init": "1"}, {"init": None, "bracket": (None, 5.0)}])
+def test_what_is_no_number_is_named(options):
+    with pytest.raises(TypeError, match="to be a number or a 0-d tensor; got"):
+        root_scalar(lambda x: x**3 - 8, **options)

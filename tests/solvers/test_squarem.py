@@ -50,3 +50,8 @@ def test_squarem_falls_back_to_two_plain_steps():
     start = torch.full((2,), 1e-3, dtype=torch.float64)
     solution = fixed_point(fn, start, solver=SQUAREM(), **EXACT)
     torch.testing.assert_close(solution.value, torch.full_like(start, 1 / 0.81))
+
+
+def test_a_map_without_a_fixed_point_is_no_success():
+    found = fixed_point(lambda x: x + 1, torch.ones(2), solver=SQUAREM(), throw=False, max_steps=20)
+    assert int(found.result) == 1
