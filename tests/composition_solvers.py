@@ -2,7 +2,7 @@
 
 import torch
 
-from diffopt import tree
+from diffopt import sgd, tree
 from diffopt.implicit import Implicit, Unrolled
 from diffopt.linalg import CG
 from diffopt.solvers import (
@@ -11,10 +11,15 @@ from diffopt.solvers import (
     AugmentedLagrangian,
     Brent,
     FixedPointIteration,
+    FromOptimizer,
     GradientDescent,
     LevenbergMarquardt,
     Newton,
+    NewtonCG,
+    NonlinearCG,
+    ProximalGradient,
     SciPyRoot,
+    TrustRegion,
     fixed_point,
     least_squares,
     minimize,
@@ -114,13 +119,15 @@ def fit():
     return operator, (f64([1.2, -0.9, 0.1, 0.8, -0.6]), f64(0.3)), reference, RAISES
 
 
-def lasso():
+def lasso(solver=None):
     soft = lambda x, t: x.sign() * (x.abs() - t).clamp(min=0)  # noqa: E731
     signs = f64([-1.0, 1.0])  # of the last two coefficients; the first is zero
 
     def operator(b, l1):
         fn = lambda x, b: 0.5 * ((TALL @ x - b) ** 2).sum()  # noqa: E731
-        return minimize(fn, torch.zeros_like(TARGET), (b,), prox=lambda x, s: soft(x, s * l1), **CLOSE).value
+        return minimize(
+            fn, torch.zeros_like(TARGET), (b,), prox=lambda x, s: soft(x, s * l1), solver=solver, **CLOSE
+        ).value
 
     def reference(b, l1):
         M = TALL[:, 1:]
@@ -145,12 +152,13 @@ def box():
 
 def plane_and_ball():
     """The nearest point to `a` in a plane, and within a ball: both constraints are active."""
+    solver = AugmentedLagrangian()  # made here, as torch.compile does not trace the making of solvers that hold others
 
     def operator(a, t, r):
         solution = minimize(
             lambda x, a: 0.5 * ((x - a) ** 2).sum(), torch.zeros_like(a), (a,),
             equality=lambda x, a: x.sum() - t, inequality=lambda x, a: (x**2).sum() - r,
-            solver=AugmentedLagrangian(), **CLOSE,
+            solver=solver, **CLOSE,
         )  # fmt: skip
         return solution.value, solution.dual
 
@@ -179,7 +187,12 @@ SOLVER_ROWS = {
     "minimize, LBFGS": lambda: minimize_row(**TIGHT),
     "minimize, BFGS, CG": lambda: minimize_row(Implicit(CG(rtol=1e-13)), solver=BFGS(), **TIGHT),
     "minimize, descent, unrolled": lambda: minimize_row(Unrolled(), solver=GradientDescent(0.4), **TIGHT),
+    "minimize, NewtonCG": lambda: minimize_row(solver=NewtonCG(), **CLOSE),
+    "minimize, TrustRegion": lambda: minimize_row(solver=TrustRegion(), **CLOSE),
+    "minimize, NonlinearCG": lambda: minimize_row(solver=NonlinearCG(), **CLOSE),
+    "minimize, FromOptimizer": lambda: minimize_row(solver=FromOptimizer(sgd(0.4)), **CLOSE),
     "minimize, prox": lasso,
+    "minimize, prox, plain": lambda: lasso(ProximalGradient(accelerate=False)),
     "minimize, bounds": box,
     "minimize, constraints": plane_and_ball,
 }
