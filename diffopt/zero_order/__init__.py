@@ -1,6 +1,22 @@
 """Zero-order methods: optimization by values alone, with noise that is regenerated from counters and never stored."""
 
+from diffopt.zero_order.decorator import zero_order
+from diffopt.zero_order.es_grad import EstimateInfo, es_grad, spsa_grad
+from diffopt.zero_order.finite_difference import finite_difference_grad
+from diffopt.zero_order.forward_gradient import forward_gradient
 from diffopt.zero_order.noise import accumulate, noise, perturb
+from diffopt.zero_order.samplers import (
+    Sampler,
+    coordinate,
+    gaussian,
+    guided,
+    low_rank,
+    orthogonal,
+    rademacher,
+    sphere,
+)
+from diffopt.zero_order.score_function import magic_box, score_function
+from diffopt.zero_order.smoothed import smoothed
 from diffopt.zero_order.strategies import (
     ARSState,
     Attempt,
@@ -43,12 +59,14 @@ __all__ = [
     "CEMState",
     "CMAESState",
     "ClipUpState",
+    "EstimateInfo",
     "History",
     "OpenESState",
     "PGPEState",
     "RestartsResult",
     "Result",
     "SNESState",
+    "Sampler",
     "SepCMAESState",
     "StopRules",
     "Strategy",
@@ -59,19 +77,34 @@ __all__ = [
     "centered_rank",
     "clipup",
     "cma_es",
+    "coordinate",
+    "es_grad",
     "evaluate_population",
+    "finite_difference_grad",
+    "forward_gradient",
+    "gaussian",
+    "guided",
+    "low_rank",
+    "magic_box",
     "make_generation",
     "nes_utilities",
     "noise",
     "open_es",
+    "orthogonal",
     "perturb",
     "pgpe",
+    "rademacher",
     "rank_weights",
     "raw_losses",
     "run",
     "run_with_restarts",
+    "score_function",
     "sep_cma_es",
+    "smoothed",
     "snes",
+    "sphere",
+    "spsa_grad",
     "standardize",
     "xnes",
+    "zero_order",
 ]

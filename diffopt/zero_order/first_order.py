@@ -1,12 +1,16 @@
 """Derivatives that exist once: what has no second derivative, or none at all, raises when it is asked for."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from diffopt.autodiff import any_lane
+from diffopt import tree
+from diffopt.autodiff import any_lane, hoist, transforms_active
 from diffopt.autodiff.custom_derivative import Rules, by_rule
 
-__all__ = ["differentiate_once", "refuse"]
+__all__ = ["differentiate_once", "refuse", "without_derivative"]
 
 
 def differentiate_once(x: Tensor, message: str) -> Tensor:
@@ -66,6 +70,30 @@ def refuse(value: Tensor, *others: Tensor, message: str) -> Tensor:
     for other in others:
         value = value + _tripwire(other, message).to(value.dtype)
     return value
+
+
+def without_derivative(out: Any, f: Callable[..., Any], *inputs: Any, message: str) -> Any:
+    """Detach a result of values alone; under a transform, raise when its derivative is asked for.
+
+    Args:
+        out: A tree of tensors.
+        f: The function whose values were taken.
+        *inputs: Trees: all else that the result was made of.
+        message: What the error says.
+
+    Returns:
+        The tree.
+
+    Example:
+        >>> without_derivative(torch.ones(2, requires_grad=True), torch.sin, message="no derivative")
+        tensor([1., 1.])
+    """
+    out = tree.map(torch.detach, out)
+    if not transforms_active():
+        return out
+    tensors = [*tree.partition(inputs)[0], *hoist(f).captured]
+    tensors = [t for t in tensors if t.is_floating_point()]
+    return tree.map(lambda value: refuse(value, *tensors, message=message), out)
 
 
 def _tripwire(x: Tensor, message: str) -> Tensor:

@@ -58,8 +58,7 @@ class Members:
         _check_floating(self.tree)
         self.vector, self.unravel = tree.ravel(self.tree)
         self.shapes = [tuple(leaf.shape) for leaf in tree.leaves(self.tree)]
-        rest = tuple(None if i in self.places else arg for i, arg in enumerate(args))
-        self.tensors, self.merge = tree.partition((rest, kwargs))
+        self.rest = tuple(None if i in self.places else arg for i, arg in enumerate(args)), kwargs
         self._spec, self._like, self._merge_aux = None, [], None
 
     def __call__(self, population: Tensor) -> tuple[Tensor, Any]:
@@ -67,7 +66,7 @@ class Members:
         if self.batching == "sequential" and transforms_active() and not torch.compiler.is_compiling():
             rows, *aux = self._by_rule(population)
         else:
-            rows, *aux = self._evaluate(self.f, population, self.tensors)
+            rows, *aux = self._evaluate(self.f, population, self.rest)
         if not self.has_aux:
             return rows, None
         assert self._merge_aux is not None
@@ -89,22 +88,21 @@ class Members:
             )
         return rows[:, 0]
 
-    def _evaluate(self, f: Callable[..., Any], population: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _evaluate(self, f: Callable[..., Any], population: Tensor, rest: tuple[tuple, dict]) -> tuple[Tensor, ...]:
         if self.batching == "batched":
             values = torch.func.vmap(self.unravel)(population)
-            return self._flatten(self._call(f, values, tensors), batch=population.shape[0])
-        member = functools.partial(self._member, f, tensors)
+            return self._flatten(self._call(f, values, rest), batch=population.shape[0])
+        member = functools.partial(self._member, f, rest)
         if self.batching == "vmap":
             return torch.func.vmap(member)(population)
         columns = zip(*(member(row) for row in population.unbind()), strict=True)
         return tuple(map(torch.stack, columns))
 
-    def _member(self, f: Callable[..., Any], tensors: Sequence[Tensor], row: Tensor) -> tuple[Tensor, ...]:
-        return self._flatten(self._call(f, self.unravel(row), tensors), batch=None)
+    def _member(self, f: Callable[..., Any], rest: tuple[tuple, dict], row: Tensor) -> tuple[Tensor, ...]:
+        return self._flatten(self._call(f, self.unravel(row), rest), batch=None)
 
-    def _call(self, f: Callable[..., Any], values: Any, tensors: Sequence[Tensor]) -> Any:
-        args, kwargs = self.merge(tensors)
-        args = list(args)
+    def _call(self, f: Callable[..., Any], values: Any, rest: tuple[tuple, dict]) -> Any:
+        args, kwargs = list(rest[0]), rest[1]
         for place, value in zip(self.places, (values,) if self.single else values, strict=True):
             args[place] = value
         return f(*args, **kwargs)
@@ -129,16 +127,19 @@ class Members:
         # differences of values are small: half precision would lose them
         real = functools.reduce(torch.promote_types, [t.dtype for t in (*found, self.vector)], torch.float32)
         rows = torch.cat([t.to(real).flatten(lead) if t.ndim > lead else t.to(real).unsqueeze(-1) for t in found], -1)
+        if not self.has_aux:
+            return (rows,)
         tensors, self._merge_aux = tree.partition(aux)
         return rows, *tensors
 
     def _by_rule(self, population: Tensor) -> tuple[Tensor, ...]:
         """The loop on plain tensors, whatever transforms are live; derivatives by running it again."""
         rebuild, captured, complete = hoist(self.f)
+        tensors, merge = tree.partition(self.rest)
         count = len(captured)
 
         def flat(population, *values):
-            return self._evaluate(rebuild(*values[:count]), population, values[count:])
+            return self._evaluate(rebuild(*values[:count]), population, merge(values[count:]))
 
         def primal(*inputs):
             with torch.enable_grad():
@@ -152,7 +153,7 @@ class Members:
             _check_connected(flat, inputs, [t is not None and any_lane(t != 0) for t in tangents])
             return rules[1](inputs, outputs, tangents)
 
-        inputs = (population, *captured, *self.tensors)
+        inputs = (population, *captured, *tensors)
         if not complete and derivative_wanted():
             check_closed(flat, (population[:1], *inputs[1:]), name="the function")
         rules = rules_of(flat)

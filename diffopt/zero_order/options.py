@@ -158,6 +158,8 @@ def kept(options: Options, losses: Losses) -> tuple[Losses, Tensor]:
 
 def _join_aux(found: list[Any], *, paired: bool) -> Any:
     """The aux of all members: first those on the plus sides, then those on the minus sides."""
+    if found[0] is None:
+        return None
     parts, merges = zip(*map(tree.partition, found), strict=True)
     if not paired:
         return merges[0]([torch.cat(column) for column in zip(*parts, strict=True)])

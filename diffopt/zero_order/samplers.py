@@ -16,11 +16,12 @@ from torch import Tensor
 
 from diffopt.random import fold_in, permutation
 from diffopt.typing import Shape
-from diffopt.zero_order.noise import noise
+from diffopt.zero_order.noise import accumulate, noise
 
 __all__ = ["Sampler", "coordinate", "gaussian", "guided", "low_rank", "orthogonal", "rademacher", "sphere"]
 
 Draw = Callable[[Tensor, Sequence[Shape], int, int, torch.dtype], Tensor]
+Sum = Callable[[Tensor, Sequence[Shape], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Sampler:
         normal: Whether each direction on its own is standard normal, so that derivatives of every order exist.
         independent: Whether directions are independent of each other.
         tensors: Tensors that `draw` holds; no derivative passes through them.
+        sum: `(key, shapes, weights, start) -> (n,)`, the weighted sum of directions, where it can be had in the memory
+            of one; None draws them.
 
     Example:
         >>> gaussian().draw(torch.tensor([42, 0]), [(2, 3), (4,)], 5, 0, torch.float32).shape
@@ -47,6 +50,7 @@ class Sampler:
     normal: bool = False
     independent: bool = True
     tensors: tuple[Tensor, ...] = ()
+    sum: Sum | None = None
 
 
 def gaussian() -> Sampler:
@@ -66,7 +70,10 @@ def gaussian() -> Sampler:
     def draw(key, shapes, members, start, dtype):
         return noise(key, _size(shapes), members, start=start, dtype=dtype)
 
-    return Sampler("gaussian", draw, normal=True)
+    def add(key, shapes, weights, start):
+        return accumulate(key, weights, _size(shapes), start=start)
+
+    return Sampler("gaussian", draw, normal=True, sum=add)
 
 
 def rademacher() -> Sampler:
@@ -88,7 +95,10 @@ def rademacher() -> Sampler:
     def draw(key, shapes, members, start, dtype):
         return noise(key, _size(shapes), members, start=start, dtype=dtype, distribution="rademacher")
 
-    return Sampler("rademacher", draw)
+    def add(key, shapes, weights, start):
+        return accumulate(key, weights, _size(shapes), start=start, distribution="rademacher")
+
+    return Sampler("rademacher", draw, sum=add)
 
 
 def sphere() -> Sampler:
