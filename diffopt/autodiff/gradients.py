@@ -73,6 +73,7 @@ def pullbacks(fn: Callable[..., Tensor], *primals: Tensor) -> list[Callable[[Ten
     with torch.enable_grad():
         inputs = _fresh(primals, False)
         out = fn(*inputs)
+    _retire(inputs)
     if not out.requires_grad:
         return [lambda v, p=p: torch.zeros_like(p) for p in primals]
     return [lambda v, x=x: _backward((out,), (x,), (v,), keep=True, create=False)[0] for x in inputs]
@@ -98,6 +99,7 @@ def _autograd_linearize(fn, primals):
     with torch.enable_grad():
         inputs = _fresh(primals, connected)
         out = fn(*inputs)
+    _retire(inputs)
     outs = out if isinstance(out, tuple) else (out,)
     create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf(outs, inputs))
     live = [o for o in outs if o.requires_grad]
@@ -123,6 +125,7 @@ def _autograd_linearize(fn, primals):
             with torch.enable_grad():
                 seeds = tuple(torch.zeros_like(o, requires_grad=True) for o in outs)
                 pulled = seeds, pullback(*seeds)
+                _retire(seeds)
         seeds, results = pulled
         moving = [(r, t) for r, t in zip(results, tangents, strict=True) if r.requires_grad]
         if not moving:
@@ -147,6 +150,12 @@ def _fresh(primals: Sequence[Tensor], connected: bool) -> tuple[Tensor, ...]:
     return tuple(p.view_as(p) if connected and p.requires_grad else p.detach().requires_grad_() for p in primals)
 
 
+def _retire(stand_ins: Sequence[Tensor]) -> None:
+    """Mark stand-ins whose function has returned: nobody else can ask for a gradient in them any more."""
+    for tensor in stand_ins:
+        tensor._retired = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _detach(out):
     return tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()
 
@@ -162,7 +171,7 @@ def _reaches_foreign_leaf(outs: Sequence[Tensor], ours: Sequence[Tensor]) -> boo
             if parent is None or parent in seen:
                 continue
             leaf = None if parent.next_functions else getattr(parent, "variable", None)
-            if leaf is not None and id(leaf) not in known:
+            if leaf is not None and id(leaf) not in known and not getattr(leaf, "_retired", False):
                 return True
             seen.add(parent)
             if leaf is None:
@@ -331,6 +340,7 @@ def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
     with torch.enable_grad():
         inputs = _fresh(leaves, connected)
         value, aux = _call(fn, args, kwargs, argnums, spec.unflatten(inputs), has_aux)
+    _retire(inputs)
     reached = (value, *partition(aux)[0]) if has_aux else (value,)
     create = connected or (torch.is_grad_enabled() and _reaches_foreign_leaf(reached, inputs))
     if inputs and value.requires_grad:

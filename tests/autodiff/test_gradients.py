@@ -291,3 +291,24 @@ def test_torch_graph_nodes_show_their_leaves():
     }
     assert accumulate.variable is w
     assert accumulate.next_functions == ()
+
+
+def test_a_gradient_within_a_gradient_leaves_no_graph_behind():
+    def inner(x, a):
+        return (a * x**3).sum()
+
+    def outer(a):
+        return (
+            grad_of(inner)(torch.tensor([2.0, 3.0]), a).sum()
+            + vjp_of(lambda x: inner(x, a), torch.ones(2))[1](torch.ones(()))[0].sum()
+        )
+
+    found = grad_of(outer)(torch.tensor(1.5))
+    assert not found.requires_grad
+    assert found == 3 * (4 + 9) + 6
+
+
+def test_a_gradient_within_a_gradient_keeps_that_of_captured_leaves():
+    b = torch.tensor(2.0, requires_grad=True)
+    found = grad_of(lambda a: grad_of(lambda x: b * a**2 * x**2)(torch.tensor(3.0)))(torch.tensor(1.5))
+    assert torch.autograd.grad(found, b)[0] == 2 * 1.5 * 2 * 3
