@@ -1,0 +1,231 @@
+r"""Total gradients through best responses, by one adjoint solve for each level on the way.
+
+.. math:: \bar x_b = \partial_{x_b} L_a + \sum_c \bar x_c^\top \partial_{x_b} x_c^\star, \qquad
+          \bar x_c^\top \partial_\theta x_c^\star = -\,u^\top \partial_\theta \nabla \Phi_c, \quad
+          \nabla^2 \Phi_c\, u = \bar x_c
+
+Reverse mode over the graph: cotangents are pulled from the lowest level up, each through its response, in products
+with vectors alone. :math:`\Phi_c` is the loss of a level as a function of its own parameters, where the levels below
+it move with them (or stay, with `response="partial"`).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.autodiff import grad, unroll, value_and_grad
+from diffopt.implicit.adjoints import Equation, Info, Response
+from diffopt.multilevel.level import Edge, Level
+from diffopt.multilevel.precision import autocast
+from diffopt.multilevel.topology import Topology
+from diffopt.transforms import clip_by_global_norm, step
+from diffopt.typing import Tree
+
+__all__ = ["Block", "Moment", "PerStep", "Report", "moved", "total_gradient"]
+
+
+class PerStep(NamedTuple):
+    """Batches for the single steps of a level, a tree with a leading axis; without, all steps see one batch.
+
+    Attributes:
+        batches: The tree. Its axis has one entry for each step that the level takes in an update (`Graph.counts`).
+    """
+
+    batches: Tree
+
+
+class Block(NamedTuple):
+    """The last steps of a level: where they started, with which state of the optimizer, and on what."""
+
+    params: Tree
+    optimizer: Any
+    batch: Any
+
+
+class Moment(NamedTuple):
+    """All that a gradient may look at: parameters, the states of optimizers and of methods, batches, and last steps."""
+
+    params: Mapping[str, Tree]
+    optimizers: Mapping[str, Any]
+    methods: Mapping[tuple[str, str], Any]
+    batches: Mapping[str, Any]
+    blocks: Mapping[str, Block]
+
+
+class Report(NamedTuple):
+    r"""How far a level's gradient can be trusted, as far as it came through one lower level.
+
+    Attributes:
+        residual: The relative residual of the adjoint system; NaN where the method solves none.
+        steps: The products that its solver took; -1 where it has none.
+        error: The norm of the error that this residual means for the gradient: a bound where the edge gives
+            `strong_convexity` and `coupling`, else an estimate, as if both systems were equally conditioned.
+        bound: Whether `error` is a bound.
+        distance: How far the lower level is from its solution at most, :math:`|\nabla \Phi| / \mu`; NaN without
+            `strong_convexity`.
+    """
+
+    residual: Tensor
+    steps: Tensor
+    error: Tensor
+    bound: Tensor
+    distance: Tensor
+
+
+class Program(NamedTuple):
+    """Levels and their topology."""
+
+    levels: Mapping[str, Level]
+    shape: Topology
+
+
+def total_gradient(
+    program: Program, name: str, moment: Moment, scale: Tensor | None = None
+) -> tuple[Tensor, Tree, dict[tuple[str, str], Any], dict[str, Report]]:
+    """The gradient of a level's loss in its own parameters, through the responses of all levels below.
+
+    Args:
+        program: The program.
+        name: The level.
+        moment: Where everything is.
+        scale: What the loss is multiplied by before it is differentiated, or None.
+
+    Returns:
+        The loss, its gradient, the new states of the methods that it used, and reports by lower level.
+    """
+    level, shape = program.levels[name], program.shape
+    family = [name, *(read for read in level.reads if read in shape.below[name])]
+    loss, slopes = _slopes(level, name, family, moment, scale)
+    cotangents = dict(zip(family, slopes, strict=True))
+    after, reports = {}, {}
+    for lower in (each for each in shape.order if each in shape.below[name] and each in cotangents):
+        edge = shape.edges[name, lower]
+        response = _response(program, lower, moment)
+        parts, state, info = edge.method.pull(response, cotangents[lower], moment.methods[name, lower])
+        after[name, lower] = state
+        reports[lower] = _report(edge, info, response, cotangents[lower], parts)
+        for outside, part in zip(shape.outside[lower], parts, strict=True):
+            if outside == name or outside in shape.below[name]:
+                known = cotangents.get(outside)
+                cotangents[outside] = part if known is None else tree.add(known, part)
+    return loss, cotangents[name], after, reports
+
+
+def moved(program: Program, name: str, gradient: Tree, optimizer: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
+    """The parameters and the optimizer's state of a level after a step along a gradient."""
+    level = program.levels[name]
+    if level.clip is not None:
+        clipping = clip_by_global_norm(level.clip)
+        gradient, _ = clipping.update(gradient, clipping.init(params))
+    params, optimizer = step(level.optimizer, gradient, optimizer, params, **extra)
+    return (params if level.project is None else level.project(params)), optimizer
+
+
+def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: Tensor | None):
+    """The loss, and its gradients in the members of the family, under autocast if the level says so."""
+
+    factor = 1 / level.accumulate if scale is None else scale / level.accumulate
+
+    def of_batch(batch: Any) -> tuple[Tensor, tuple[Tree, ...]]:
+        def scaled(*values: Tree) -> tuple[Tensor, Tensor]:
+            known = dict(zip(family, values, strict=True))
+            reads = [known[read] if read in known else moment.params[read] for read in level.reads]
+            with autocast(level.precision, known[name]):
+                loss = level.loss(known[name], *reads, batch)
+            return loss * factor, loss.detach() / level.accumulate
+
+        differentiate = value_and_grad(scaled, argnums=tuple(range(len(family))), has_aux=True)
+        (_, loss), slopes = differentiate(*(moment.params[member] for member in family))
+        return loss, slopes
+
+    first, *rest = (of_batch(batch) for batch in _micro_batches(level, moment.batches.get(name)))
+    loss, slopes = functools.reduce(tree.add, rest, first)
+    return loss, slopes if scale is None else tree.map(lambda g: g / scale, slopes)
+
+
+def _micro_batches(level: Level, batch: Any) -> list[Any]:
+    if level.accumulate == 1:
+        return [batch]
+    tensors, merge = tree.partition(batch)
+    if any(t.dim() == 0 or t.shape[0] != level.accumulate for t in tensors):
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"a batch of {level.accumulate} micro-batches needs that leading size; got shapes {shapes}")
+    return [merge([t[i] for t in tensors]) for i in range(level.accumulate)]
+
+
+def objective(program: Program, name: str, moment: Moment) -> Callable[..., Tensor]:
+    """The loss of a level as a function `(own, *outside)`, where the levels below it answer, or stay."""
+    level, shape = program.levels[name], program.shape
+
+    def value(own: Tree, *outside: Tree) -> Tensor:
+        known = {name: own, **dict(zip(shape.outside[name], outside, strict=True))}
+
+        def found(read: str) -> Tree:
+            if read not in known:
+                edge = shape.edges[name, read]
+                if edge.response == "partial":
+                    known[read] = moment.params[read]
+                else:
+                    args = tuple(found(other) for other in shape.outside[read])
+                    known[read] = edge.method.respond(
+                        _response(program, read, moment, args), moment.methods[name, read]
+                    )
+            return known[read]
+
+        reads = [found(read) for read in level.reads]
+        batches = _micro_batches(level, moment.batches.get(name))
+        losses = [level.loss(own, *reads, batch) for batch in batches]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    return value
+
+
+def _response(program: Program, name: str, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
+    x, shape = moment.params[name], program.shape
+    args = tuple(moment.params[outside] for outside in shape.outside[name]) if args is None else args
+    value = objective(program, name, moment)
+    slope = grad(value)
+    optimizer = program.levels[name].optimizer
+
+    def retrace(truncate, checkpoint, *args):
+        return _retraced(program, name, moment, slope, args, truncate, checkpoint)
+
+    def adapt(v):
+        gradient = slope(x, *args)
+        along = lambda g: -tree.vdot(v, optimizer.update(g, moment.optimizers[name], x)[0])  # noqa: E731
+        return grad(along)(gradient)
+
+    return Response(x, args, Equation(slope, symmetric=True), value, retrace, adapt)
+
+
+def _retraced(program, name, moment, slope, args, truncate, checkpoint) -> Tree:
+    """The last steps of a level once more, as a function of what they read."""
+    block = moment.blocks[name]  # what lies below moved between these steps; it is taken as it is now
+    xs = block.batch.batches if isinstance(block.batch, PerStep) else None
+    steps = program.levels[name].steps
+
+    def one(carry, batch):
+        x, optimizer = carry
+        here = slope
+        if xs is not None:
+            here = grad(objective(program, name, moment._replace(batches={**moment.batches, name: batch})))
+        return moved(program, name, here(x, *args), optimizer, x), None
+
+    (x, _), _ = unroll(
+        one, (block.params, block.optimizer), xs, length=steps if xs is None else None, checkpoint=checkpoint,
+        truncate=truncate,
+    )  # fmt: skip
+    return x
+
+
+def _report(edge: Edge, info: Info, response: Response, cotangent: Tree, parts: tuple[Tree, ...]) -> Report:
+    mu, nan = edge.strong_convexity, torch.full_like(info.residual, torch.nan)
+    bound = mu is not None and edge.coupling is not None
+    size = tree.norm(cotangent) if bound else tree.norm(parts)
+    error = info.residual * size * (edge.coupling / mu if mu is not None and edge.coupling is not None else 1.0)
+    distance = nan if mu is None else tree.norm(response.equation.residual(response.x, *response.args)) / mu
+    return Report(info.residual, info.steps, error, torch.full_like(info.steps, bound, dtype=torch.bool), distance)
