@@ -10,20 +10,20 @@ Let :math:`F(x, \theta) = 0` be the equation of a problem and :math:`x_{k+1} = s
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import hoist, unroll
+from diffopt.autodiff import grad, hoist, unroll
 from diffopt.autodiff.levels import unwrap_lanes
 from diffopt.implicit.decorators import custom_root
-from diffopt.linalg import LinearSolver
+from diffopt.linalg import CG, LinearSolver, Tag, jacobian_operator, linear_solve
 from diffopt.linalg.solve import check_solver
 from diffopt.typing import Tree
 
-__all__ = ["Adjoint", "Detached", "Equation", "Implicit", "OneStep", "Solve", "Unrolled"]
+__all__ = ["Adjoint", "Detached", "Equation", "Implicit", "Info", "OneStep", "Response", "Solve", "Unrolled", "pulled"]
 
 Batching: TypeAlias = Literal["vmap", "sequential"]
 
@@ -76,11 +76,57 @@ class Solve(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Response:
+    """A problem at an iterate that stands for its solution `x(args)`.
+
+    Args:
+        x: The iterate.
+        args: What the solution depends on, trees of floating-point tensors.
+        equation: What the solution satisfies.
+        objective: `(x, *args) -> scalar`, which the solution minimizes.
+        retrace: `(truncate, checkpoint, *args) -> x`, the steps that led to the iterate, to be differentiated; with
+            `truncate` the last ones alone.
+        adapt: `v -> A^T v`, where `A` is the derivative of a step in its gradient.
+    """
+
+    x: Tree
+    args: tuple
+    equation: Equation
+    objective: Callable[..., Tensor]
+    retrace: Callable[..., Tree]
+    adapt: Callable[[Tree], Tree]
+
+
+class Info(NamedTuple):
+    """How well a cotangent was pulled through a response; NaN and -1 where the method does not say.
+
+    Attributes:
+        residual: The relative residual of the adjoint system.
+        steps: The products that its solver took.
+    """
+
+    residual: Tensor
+    steps: Tensor
+
+
 class Adjoint(Protocol):
-    """What an adjoint is: a value with this method."""
+    """What an adjoint is: a value with these methods. The last three serve problems whose solver runs elsewhere."""
 
     def solve(self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Batching) -> tuple[Tree, Any]:
         """`(x, aux)`, where `x` has this adjoint's derivative in `args` and captured tensors, and `aux` has none."""
+        ...
+
+    def begin(self, x: Tree, key: Tensor) -> Any:
+        """What is carried from one `pull` to the next, tensors alone."""
+        ...
+
+    def pull(self, response: Response, cotangent: Tree, state: Any) -> tuple[tuple[Tree, ...], Any, Info]:
+        """The cotangents of the response's arguments, the state for the next time, and how good they are."""
+        ...
+
+    def respond(self, response: Response, state: Any) -> Tree:
+        """The iterate, with this adjoint's derivative in the response's arguments."""
         ...
 
 
@@ -116,6 +162,25 @@ class Implicit:
             batching=batching,
         )
         return decorate(run)(init, *args)
+
+    def begin(self, x, key):
+        """The adjoint, where the next solve starts."""
+        return tree.zeros_like(x)
+
+    def pull(self, response, cotangent, state):
+        """See `Adjoint`."""
+        solver, x, equation = self.linear_solver, response.x, response.equation
+        tags: list[Tag] = ["positive_definite"] if equation.symmetric or isinstance(solver, CG) else []
+        jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags).transpose()
+        start = None if getattr(solver, "truncated", False) else state
+        u, stats = linear_solve(
+            jacobian, cotangent, solver and solver.transposed(), init=start, throw=False, has_aux=True
+        )
+        return pulled(response, u), tree.map(torch.detach, u), Info(stats.residual, stats.steps)
+
+    def respond(self, response, state):
+        """See `Adjoint`."""
+        return self.solve(_held, response.equation, response.x, response.args)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +238,19 @@ class Unrolled:
         carry, _ = unroll(step, carry, length=length, checkpoint=self.checkpoint)
         return _without_aux_gradient(run.finish(carry, init))
 
+    def begin(self, x, key):
+        """Nothing."""
+        return ()
+
+    def pull(self, response, cotangent, state):
+        """See `Adjoint`."""
+        along = lambda *args: tree.vdot(cotangent, response.retrace(self.truncate, self.checkpoint, *args))  # noqa: E731
+        return _gradients(along, response.args), state, _unknown(response.x)
+
+    def respond(self, response, state):
+        """See `Adjoint`."""
+        return response.retrace(self.truncate, self.checkpoint, *response.args)
+
 
 @dataclasses.dataclass(frozen=True)
 class OneStep:
@@ -195,12 +273,29 @@ class OneStep:
 
     step_size: float | Tensor = 1.0
 
+    def __post_init__(self):
+        if not isinstance(self.step_size, (int, float, Tensor)):
+            raise TypeError(f"step_size must be a number or a tensor; got {self.step_size!r}")
+
     def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""
         x, aux = Detached().solve(run, equation, init, args, batching=batching)
         residual = equation.residual(x, *args)
         # the value stays the solver's: what is left of the residual there is no part of it
         return tree.map(lambda x, r: x - self.step_size * (r - r.detach()), x, residual), aux
+
+    def begin(self, x, key):
+        """Nothing."""
+        return ()
+
+    def pull(self, response, cotangent, state):
+        """See `Adjoint`."""
+        u = tree.map(lambda v: self.step_size * v, cotangent)
+        return pulled(response, u), state, _unknown(response.x)
+
+    def respond(self, response, state):
+        """See `Adjoint`."""
+        return self.solve(_held, response.equation, response.x, response.args)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +308,38 @@ class Detached:
         decorate = custom_root(_no_equation, has_aux=True, batching=batching)
         x, aux = decorate(run)(init, *args)
         return tree.map(torch.detach, x), aux
+
+    def begin(self, x, key):
+        """Nothing."""
+        return ()
+
+    def pull(self, response, cotangent, state):
+        """See `Adjoint`."""
+        return tuple(map(tree.zeros_like, response.args)), state, _unknown(response.x)
+
+    def respond(self, response, state):
+        """See `Adjoint`."""
+        return tree.map(torch.detach, response.x)
+
+
+def pulled(response: Response, u: Tree) -> tuple[Tree, ...]:
+    r"""The cotangents :math:`-\,\partial_\theta F^\top u` of a response's arguments."""
+    along = lambda *args: -tree.vdot(u, response.equation.residual(response.x, *args))  # noqa: E731
+    return _gradients(along, response.args)
+
+
+def _gradients(fn: Callable[..., Tensor], args: tuple) -> tuple[Tree, ...]:
+    return grad(fn, argnums=tuple(range(len(args))))(*args) if args else ()
+
+
+def _held(init: Tree, *args: Tree) -> tuple[Tree, Any]:
+    """A solver that is at its solution already."""
+    return init, ()
+
+
+def _unknown(x: Tree) -> Info:
+    like = tree.leaves(x)[0]
+    return Info(torch.full((), torch.nan, dtype=like.dtype, device=like.device), torch.full((), -1, device=like.device))
 
 
 def _positive_int(value: Any) -> bool:
