@@ -1,0 +1,15 @@
+"""Modules that change in place, with gradients through their changes: for those who come from nn.Module libraries."""
+
+from diffopt.nn.functional import functional
+from diffopt.nn.meta_optimizer import MetaOptimizer
+from diffopt.nn.state import ModuleState, OptimizerState, extract_state, recover_state, stop_gradient
+
+__all__ = [
+    "MetaOptimizer",
+    "ModuleState",
+    "OptimizerState",
+    "extract_state",
+    "functional",
+    "recover_state",
+    "stop_gradient",
+]
