@@ -16,6 +16,7 @@ from diffopt.implicit.adjoints import Equation
 from diffopt.implicit.root import check_equation, root_vjp
 from diffopt.linalg import CG, GMRES, ConvergenceWarning, Dense, LinearSolver, jacobian_operator
 from diffopt.linalg.operators import LinearOperator
+from diffopt.linalg.protocol import check_precision
 from diffopt.linalg.solve import check_solver, solve_flat
 from diffopt.typing import Tree
 
@@ -120,7 +121,8 @@ def diagnose(
         The diagnosis.
 
     Raises:
-        ValueError: If the equation's value or the cotangent is not shaped like `x`.
+        ValueError: If the equation's value or the cotangent is not shaped like `x`, or `x` or that value not finite.
+        TypeError: If `args` is no tuple, or `x` of half precision.
         RuntimeError: Under a transform: it is for eager code, at one point.
 
     Example:
@@ -141,12 +143,26 @@ def diagnose(
         raise RuntimeError("diagnose is for eager code, at one point: call it outside of torch.func transforms")
     equation = equation if isinstance(equation, Equation) else Equation(equation)
     check_solver(linear_solver, "linear_solver")
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"diagnose takes args as a tuple; got {type(args).__name__}. Write (value,)")
     tensors, merge = tree.partition((x, args))
     x, args = merge([t.detach() for t in tensors])
     with torch.enable_grad():
-        check_equation(equation.residual(x, *args), x)
+        value = equation.residual(x, *args)
+        check_equation(value, x)
+        _check_finite(x, value)
         found = _diagnose(equation, x, args, cotangent, linear_solver)
     return Diagnosis(*(value.detach() for value in found))
+
+
+def _check_finite(x: Tree, value: Tree) -> None:
+    vector = tree.ravel(x)[0]
+    check_precision(vector.dtype, "diagnose")
+    if not (vector.isfinite().all() and tree.ravel(value)[0].isfinite().all()):
+        raise ValueError(
+            "diagnose needs a solution that is finite, and at which the equation is; got NaN or inf. The solve failed: "
+            "its `message` says why"
+        )
 
 
 def _diagnose(equation: Equation, x: Tree, args: tuple, cotangent: Any, linear_solver: LinearSolver | None):
@@ -181,7 +197,7 @@ def _diagnose(equation: Equation, x: Tree, args: tuple, cotangent: Any, linear_s
     found = pulled(vector, w)
     moved = found - pulled(vector - step, weight(vector - step))
     missing = pulled(vector, left)
-    relative = norm(left) / norm(w)
+    relative = norm(left) / torch.where(norm(w) > 0, norm(w), 1.0)
     return norm(here), norm(step), largest * inverse, inverse, relative, norm(found), norm(moved), norm(missing)
 
 
@@ -196,7 +212,10 @@ def _reference(x: Tensor, symmetric: bool) -> LinearSolver:
 def _norms(J: LinearOperator, reference: LinearSolver) -> tuple[Tensor, Tensor]:
     """The norms of an operator and of its inverse: exact for few unknowns, else by power iterations."""
     if J.shape[0] <= _MOST_EXACT:
-        values = torch.linalg.svdvals(J.materialize())
+        matrix = J.materialize()
+        if not matrix.isfinite().all():
+            return torch.full_like(matrix[0, 0], torch.inf), torch.full_like(matrix[0, 0], torch.inf)
+        values = torch.linalg.svdvals(matrix)
         return values[0], 1 / values[-1]
     transposed = J.transpose()
 

@@ -272,3 +272,9 @@ def test_wrong_options_raise_early():
         minimize(loss, START, (A,), adjoint=Unrolled(truncate=3), solver=LBFGS())
     with pytest.raises(ValueError, match="cannot be unrolled"):
         Unrolled().solve(None, Equation(slope), START, (A,), batching="sequential")
+
+
+@pytest.mark.parametrize("step_size", ["a", None])
+def test_a_step_size_is_a_number(step_size):
+    with pytest.raises(TypeError, match="step_size must be a number or a tensor"):
+        OneStep(step_size)

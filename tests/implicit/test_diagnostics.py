@@ -126,3 +126,32 @@ def test_it_is_for_eager_code():
         diagnose(torch.sin, torch.ones(2), (), torch.ones(3))
     with pytest.raises(TypeError, match="linear_solver"):
         diagnose(torch.sin, torch.ones(2), (), torch.ones(2), CG)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_solution_that_is_not_finite_is_refused(bad):
+    x = torch.tensor([0.7, bad])
+    with pytest.raises(ValueError, match="The solve failed"):
+        diagnose(lambda x, a: x**3 + x - a, x, (torch.ones(2),), torch.ones(2))
+
+
+def test_a_jacobian_that_is_not_finite_is_singular():
+    x = torch.zeros(2, dtype=torch.float64)
+    found = diagnose(lambda x, a: x.sqrt() - a, x, (x,), torch.ones_like(x))
+    assert bool(found.singular)
+    assert not bool(found.trustworthy)
+
+
+def test_a_cotangent_of_zero_leaves_no_residual():
+    x = torch.full((2,), 1.0, dtype=torch.float64)
+    found = diagnose(lambda x, a: x**3 - a, x, (x,), torch.zeros_like(x))
+    assert float(found.adjoint_residual) == 0
+
+
+def test_arguments_and_precision_are_checked():
+    x = torch.ones(2)
+    with pytest.raises(TypeError, match="args as a tuple; got Tensor"):
+        diagnose(lambda x, a: x - a, x, x, x)
+    half = x.bfloat16()
+    with pytest.raises(TypeError, match="diagnose needs float32 or float64"):
+        diagnose(lambda x, a: x - a, half, (half,), half)
