@@ -82,7 +82,7 @@ def _differences(members: Members, method: str, step: float | None, chunk_size: 
     h = (x + h) - x  # what x really moves by
     parts = []
     for axes in torch.arange(size, device=x.device).split(chunk_size or size):
-        steps = torch.nn.functional.one_hot(axes, size).to(x.dtype) * h
+        steps = (axes[:, None] == torch.arange(size, device=x.device)).to(x.dtype) * h
         low = x - steps if central else x[None]
         values = members.scalar(members(torch.cat([x + steps, low]))[0], "finite_difference_grad")
         widths = h[axes] * (2 if central else 1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import any_lane, check_closed, hoist, rules_of, transforms_active
+from diffopt.autodiff import any_lane, check_closed, choose, hoist, rules_of, transforms_active
 from diffopt.autodiff.custom_derivative import Rules, by_rule
-from diffopt.autodiff.levels import derivative_wanted, first_lane
+from diffopt.autodiff.levels import derivative_wanted, first_lane, is_live
 
 __all__ = ["Evaluate", "Members"]
 
@@ -165,14 +165,21 @@ def _check_connected(flat: Callable[..., tuple[Tensor, ...]], inputs: Sequence[T
     if not any(wanted):
         return
     plain = [first_lane(x) for x in inputs]
-    plain[0] = plain[0][:1]
-    with torch.enable_grad():
-        rows = flat(*(x.requires_grad_() if w else x for x, w in zip(plain, wanted, strict=True)))[0]
-    if not rows.requires_grad:
-        raise RuntimeError(
-            "the function's value does not depend differentiably on an argument that carries gradient. Detach the "
-            "argument, or name it in `argnums` to have its gradient estimated"
-        )
+    part, primals = choose(flat, (plain[0][:1], *plain[1:]), wanted)
+    live = False
+
+    def probe(*values):
+        nonlocal live
+        rows = part(*values)[0]
+        live = is_live(rows)
+        return rows
+
+    try:
+        torch.func.vjp(probe, *primals)
+    except (RuntimeError, TypeError) as error:
+        raise RuntimeError(_DISCONNECTED) from error
+    if not live:
+        raise RuntimeError(_DISCONNECTED)
 
 
 def _check_floating(x: Any) -> None:
@@ -191,3 +198,9 @@ def _as_tensor(leaf: Any, like: Tensor) -> Tensor:
     if found.is_complex():
         raise TypeError("the function must return real numbers; got complex ones. Take .real or .abs()")
     return found
+
+
+_DISCONNECTED = (
+    "the function's value does not depend differentiably on an argument that carries gradient: detach the argument, or "
+    "name it in `argnums` to have its derivative estimated"
+)

@@ -93,9 +93,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"`clip` must be positive; got {o.clip}")
     if o.clip is not None and o.sign:
         raise ValueError("`clip` and `sign` both shape the differences; give one of them")
-    if not isinstance(o.sigma, Tensor):
-        for leaf in tree.leaves(o.sigma):
-            _check_positive(leaf)
+    for leaf in tree.leaves(o.sigma):
+        _check_positive(leaf)
 
 
 def flatten_sigma(sigma: Any, members: Members) -> float | Tensor:

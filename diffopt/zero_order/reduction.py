@@ -31,7 +31,7 @@ def sum_over_ranks(x: Tensor, reduce: Reduce | None) -> Tensor:
         return x
 
     def vjp(inputs, outputs, cotangents, wanted):
-        return (cotangents[0],)
+        return (take_to_ranks(cotangents[0], reduce),)
 
     def jvp(inputs, outputs, tangents):
         return (sum_over_ranks(tangents[0], reduce),)
@@ -61,7 +61,7 @@ def take_to_ranks(x: Any, reduce: Reduce | None) -> Any:
         return (sum_over_ranks(cotangents[0], reduce),)
 
     def jvp(inputs, outputs, tangents):
-        return (tangents[0],)
+        return (take_to_ranks(tangents[0], reduce),)
 
     return by_rule(Rules(lambda x: (x.clone(),), vjp, jvp, "vmap"))(x)[0]
 

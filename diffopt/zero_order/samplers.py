@@ -176,7 +176,8 @@ def coordinate() -> Sampler:
         first, last = start // size, (start + members - 1) // size
         orders = [permutation(fold_in(key, block), size) for block in range(first, last + 1)]
         begin = start - first * size
-        return torch.nn.functional.one_hot(torch.cat(orders)[begin : begin + members], size).to(dtype)
+        axes = torch.cat(orders)[begin : begin + members]
+        return (axes[:, None] == torch.arange(size, device=key.device)).to(dtype)
 
     return Sampler("coordinate", draw, float, independent=False)
 
