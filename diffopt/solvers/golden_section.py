@@ -58,6 +58,11 @@ class GoldenSection:
     truncatable = False
     unrollable = False
 
+    @property
+    def interval(self) -> tuple[float | Tensor, float | Tensor]:
+        """The bounds of the unknown, which `minimize` needs for the derivative."""
+        return self.lower, self.upper
+
     def init(self, fn: Any, x: Tensor) -> GoldenSectionState:
         """The state at the start; only the shape of `x` matters."""
         if x.numel() != 1:

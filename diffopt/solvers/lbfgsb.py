@@ -183,8 +183,10 @@ def _remembered(state: LBFGSBState, s: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     sound = sy > torch.finfo(s.dtype).eps * yy
     steps = torch.where(sound, torch.cat([state.steps[1:], s[None]]), state.steps)
     changes = torch.where(sound, torch.cat([state.changes[1:], y[None]]), state.changes)
-    flatter = state.curvature / 10
-    return steps, changes, torch.where(sound, yy / torch.where(sound, sy, torch.ones_like(sy)), flatter)
+    curvature = torch.where(sound, yy / torch.where(sound, sy, torch.ones_like(sy)), state.curvature / 10)
+    # only that of crossed bounds is 0
+    least = torch.where(state.curvature > 0, torch.finfo(s.dtype).tiny, torch.zeros_like(sy))
+    return steps, changes, torch.maximum(curvature, least)
 
 
 def _from_end(x: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def minimize(
     if projection is not None:
         prox = lambda x, scaling: projection(x)  # noqa: E731
     start = _with_multipliers(init, args, equality, inequality) if constrained else init
-    problem = functools.partial(_objective, fn, prox, bounds, equality, inequality, tree.map(torch.detach, init))
+    edges = getattr(solver, "interval", None) if bounds is None else bounds
+    problem = functools.partial(_objective, fn, prox, edges, equality, inequality, tree.map(torch.detach, init))
 
     def optimality(y: Tree, *args: Tree) -> Tree:
         if structure is None and getattr(solver, "hides_set", False):

@@ -90,7 +90,7 @@ class ProximalGradient:
             )
         else:
             x = move(state.step_size)
-            tried = Tried(state.step_size, ~state.step_size.isfinite(), x, objective.value_and_grad(x)[1])
+            tried = Tried(state.step_size, ~state.step_size.isfinite(), x, _slope(*objective.value_and_grad(x)))
         x = tried.x
         t = (1 + (1 + 4 * state.t**2).sqrt()) / 2 if self.accelerate else state.t
         y = x + (state.t - 1) / t * (x - state.x)
@@ -148,11 +148,16 @@ def search_step_size(
         visible = bound > 1e3 * eps * value.abs()
         left = torch.where(visible, f - value - slope @ d, (g - slope) @ d / 2)
         rounding = 10 * eps * torch.linalg.vector_norm(slope.detach()) * d.detach().abs().amax()
-        return Tried(size, ~(left <= bound + rounding), new, g)
+        return Tried(size, ~(left <= bound + rounding), new, _slope(f, g))
 
     return while_loop(
         lambda last: last.failed, lambda last: tried(last.step_size / 2), tried(first), max_steps=max_backtracks
     )
+
+
+def _slope(value: Tensor, slope: Tensor) -> Tensor:
+    """The gradient, NaN where the value is not finite: outside of its domain a function may look flat."""
+    return torch.where(value.abs() < torch.inf, slope, torch.nan)
 
 
 def proximal_step(objective: Objective, x: Tensor, slope: Tensor, size: Tensor) -> Tensor:

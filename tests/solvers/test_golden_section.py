@@ -51,3 +51,15 @@ def test_what_is_refused():
 def test_ends_are_found():
     found = minimize(lambda x: x, torch.ones((), dtype=torch.float64), solver=GoldenSection(0.5, 2.0))
     torch.testing.assert_close(found.value, torch.tensor(0.5, dtype=torch.float64), rtol=0, atol=5e-8)
+
+
+def test_the_derivative_at_an_end_is_that_of_the_end():
+    def lowest(a, upper):
+        return minimize(lambda x, a: (x - a) ** 2, torch.tensor(0.0), (a,), solver=GoldenSection(-1.0, upper)).value
+
+    ends = torch.tensor(5.0), torch.tensor(2.0)
+    assert torch.func.grad(lowest)(*ends) == 0
+    assert torch.func.grad(lowest, argnums=1)(*ends) == 1
+    inside = torch.tensor(0.3), torch.tensor(2.0)
+    assert torch.allclose(torch.func.grad(lowest)(*inside), torch.tensor(1.0))
+    assert torch.func.grad(lowest, argnums=1)(*inside) == 0

@@ -153,3 +153,8 @@ def test_derivatives_with_an_active_bound():
 
 def test_memory_does_not_grow():
     check_memory(LBFGSB(), bounds=(-3.0, 3.0))
+
+
+def test_a_problem_without_a_minimum_is_not_taken_for_crossed_bounds():
+    found = minimize(lambda x: x.sum(), torch.ones(2), solver=LBFGSB(), max_steps=120, throw=False)
+    assert int(found.result) not in (0, REFUSED)

@@ -246,3 +246,10 @@ def test_wrong_options_and_failures_raise():
         wrong, torch.ones(2, dtype=F64), projection=lambda x: x.clamp(min=-9), solver=ProximalGradient(), throw=False
     )
     assert not bool(found.converged), "a derivative that does not descend"
+
+
+def test_a_flat_piece_outside_of_the_domain_is_no_solution():
+    fn = lambda x: torch.where(x > 2, torch.nan, (x - 3) ** 2).sum()  # noqa: E731
+    found = minimize(fn, torch.ones(2), solver=ProximalGradient(), throw=False)
+    assert int(found.result) != 0
+    assert (found.value <= 2).all()
