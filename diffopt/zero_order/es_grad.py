@@ -102,7 +102,7 @@ def es_grad(
     def gradient(key: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, EstimateInfo]:
         check_key(key)
         members = Members(f, args, kwargs, argnums=argnums, batching=batching)
-        held = (args, kwargs, options.sigma, options.sampler.tensors)
+        held = (args, tuple(kwargs.values()), options.sigma, options.sampler.tensors)
         # a function that is called alone may take derivatives of its own by backward()
         with contextlib.nullcontext() if batching == "sequential" else torch.no_grad():
             found, info = _estimate(options, members, key)

@@ -69,7 +69,7 @@ def finite_difference_grad(
         members = Members(f, args, kwargs, argnums=argnums, batching=batching)
         with contextlib.nullcontext() if batching == "sequential" else torch.no_grad():
             found = _differences(members, method, step, chunk_size)
-        return members.unravel(without_derivative(found, f, args, kwargs, message=_NO_DERIVATIVE))
+        return members.unravel(without_derivative(found, f, args, tuple(kwargs.values()), message=_NO_DERIVATIVE))
 
     return gradient
 

@@ -129,7 +129,9 @@ class Members:
         rows = torch.cat([t.to(real).flatten(lead) if t.ndim > lead else t.to(real).unsqueeze(-1) for t in found], -1)
         if not self.has_aux:
             return (rows,)
-        tensors, self._merge_aux = tree.partition(aux)
+        tensors, merge = tree.partition(aux)
+        # the tensors of a member end with its vmap: others stand in their places
+        self._merge_aux = tree.partition(merge([torch.empty(0) for _ in tensors]))[1]
         return rows, *tensors
 
     def _by_rule(self, population: Tensor) -> tuple[Tensor, ...]:

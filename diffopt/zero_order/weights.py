@@ -8,7 +8,7 @@ from torch import Tensor
 from diffopt.autodiff import checkpoint
 from diffopt.zero_order.first_order import differentiate_once
 from diffopt.zero_order.members import Members
-from diffopt.zero_order.options import Options, draw
+from diffopt.zero_order.options import Options
 
 __all__ = ["first_order_alone", "weight_changes"]
 
@@ -34,8 +34,10 @@ def weight_changes(
     if directions is not None:
         return rule(directions)
 
+    sampler, shapes, dtype = options.sampler, members.shapes, x.dtype
+
     def chunk(key, first, count):
-        return rule(draw(options, members, key, first, count))
+        return rule(sampler.draw(key, shapes, count, first, dtype))
 
     # made again in the backward pass, the directions need not be kept
     found = [checkpoint(chunk)(key, first, count) for first, count in options.chunks()]
