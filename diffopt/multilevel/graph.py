@@ -102,11 +102,15 @@ class Graph:
             tree.check_tensors(value, name=f"params[{name!r}]")
             if not tree.leaves(value) or not all(leaf.is_floating_point() for leaf in tree.leaves(value)):
                 raise TypeError(f"params[{name!r}] must hold floating-point tensors, at least one")
-        pairs = zip(shape.edges.items(), random.split(key, len(shape.edges)), strict=True)
+        groups = [(name, group) for name in shape.order for group in shape.groups[name]]
+        keys = random.split(key, len(groups))
         return GraphState(
             params=dict(params),
             optimizers={name: level.optimizer.init(params[name]) for name, level in levels.items()},
-            methods={pair: edge.method.begin(params[pair[1]], key) for (pair, edge), key in pairs},
+            methods={
+                (name, group.name): group.edge.method.begin({member: params[member] for member in group.members}, key)
+                for (name, group), key in zip(groups, keys, strict=True)
+            },
             scales={name: first_scale(level.precision, params[name]) for name, level in levels.items()},
             initial={name: params[name] for name, level in levels.items() if level.start == "reset"},
             updates=torch.zeros((), dtype=torch.int64, device=key.device),

@@ -21,7 +21,7 @@ from diffopt.autodiff import grad, unroll, value_and_grad
 from diffopt.implicit.adjoints import Equation, Info, Response
 from diffopt.multilevel.level import Edge, Level
 from diffopt.multilevel.precision import autocast
-from diffopt.multilevel.topology import Topology
+from diffopt.multilevel.topology import Group, Topology
 from diffopt.transforms import clip_by_global_norm, step
 from diffopt.typing import Tree
 
@@ -102,16 +102,16 @@ def total_gradient(
     loss, slopes = _slopes(level, name, family, moment, scale)
     cotangents = dict(zip(family, slopes, strict=True))
     after, reports = {}, {}
-    for lower in (each for each in shape.order if each in shape.below[name] and each in cotangents):
-        edge = shape.edges[name, lower]
-        response = _response(program, lower, moment)
-        parts, state, info = edge.method.pull(response, cotangents[lower], moment.methods[name, lower])
-        after[name, lower] = state
-        reports[lower] = _report(edge, info, response, cotangents[lower], parts)
-        for outside, part in zip(shape.outside[lower], parts, strict=True):
+    for group in shape.groups[name]:
+        if not any(member in cotangents for member in group.members):
+            continue
+        response, pair = _response(program, group, moment), (name, group.name)
+        cotangent = {m: cotangents[m] if m in cotangents else tree.zeros_like(response.x[m]) for m in group.members}
+        parts, after[pair], info = group.edge.method.pull(response, cotangent, moment.methods[pair])
+        reports[group.name] = _report(group.edge, info, response, cotangent, parts)
+        for outside, part in zip(group.outside, parts, strict=True):
             if outside == name or outside in shape.below[name]:
-                known = cotangents.get(outside)
-                cotangents[outside] = part if known is None else tree.add(known, part)
+                cotangents[outside] = tree.add(cotangents[outside], part) if outside in cotangents else part
     return loss, cotangents[name], after, reports
 
 
@@ -166,14 +166,12 @@ def objective(program: Program, name: str, moment: Moment) -> Callable[..., Tens
 
         def found(read: str) -> Tree:
             if read not in known:
-                edge = shape.edges[name, read]
-                if edge.response == "partial":
-                    known[read] = moment.params[read]
+                group = next(group for group in shape.groups[name] if read in group.members)
+                if group.edge.response == "partial":
+                    known.update({member: moment.params[member] for member in group.members})
                 else:
-                    args = tuple(found(other) for other in shape.outside[read])
-                    known[read] = edge.method.respond(
-                        _response(program, read, moment, args), moment.methods[name, read]
-                    )
+                    response = _response(program, group, moment, tuple(map(found, group.outside)))
+                    known.update(group.edge.method.respond(response, moment.methods[name, group.name]))
             return known[read]
 
         reads = [found(read) for read in level.reads]
@@ -184,41 +182,73 @@ def objective(program: Program, name: str, moment: Moment) -> Callable[..., Tens
     return value
 
 
-def _response(program: Program, name: str, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
-    x, shape = moment.params[name], program.shape
-    args = tuple(moment.params[outside] for outside in shape.outside[name]) if args is None else args
-    value = objective(program, name, moment)
-    slope = grad(value)
-    optimizer = program.levels[name].optimizer
+def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
+    """The response of a group: its iterate and arguments are dicts and tuples of levels' parameters."""
+    x = {member: moment.params[member] for member in group.members}
+    args = tuple(moment.params[outside] for outside in group.outside) if args is None else args
+    slopes = {member: _slope(program, member, group, moment) for member in group.members}
+
+    def residual(x, *args):
+        return {member: slope(x, args) for member, slope in slopes.items()}
+
+    def value(x, *args):
+        if len(group.members) > 1:
+            raise ValueError(f"{group.name} minimize no common loss: use Implicit(GMRES()) for their joint response")
+        return _value(program, group.members[0], group, moment)(x, args)
 
     def retrace(truncate, checkpoint, *args):
-        return _retraced(program, name, moment, slope, args, truncate, checkpoint)
+        return _retraced(program, group, moment, args, truncate, checkpoint)
 
     def adapt(v):
-        gradient = slope(x, *args)
-        along = lambda g: -tree.vdot(v, optimizer.update(g, moment.optimizers[name], x)[0])  # noqa: E731
-        return grad(along)(gradient)
+        gradient = residual(x, *args)
+        return {member: _adapted(program, member, moment, gradient[member], v[member]) for member in x}
 
-    return Response(x, args, Equation(slope, symmetric=True), value, retrace, adapt)
+    symmetric = len(group.members) == 1
+    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, adapt)
 
 
-def _retraced(program, name, moment, slope, args, truncate, checkpoint) -> Tree:
-    """The last steps of a level once more, as a function of what they read."""
-    block = moment.blocks[name]  # what lies below moved between these steps; it is taken as it is now
-    xs = block.batch.batches if isinstance(block.batch, PerStep) else None
-    steps = program.levels[name].steps
+def _value(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tensor]:
+    """The loss of a member of a group as a function of the group's iterate and arguments."""
+    of_vectors, outside = objective(program, name, moment), program.shape.outside[name]
 
-    def one(carry, batch):
-        x, optimizer = carry
-        here = slope
-        if xs is not None:
-            here = grad(objective(program, name, moment._replace(batches={**moment.batches, name: batch})))
-        return moved(program, name, here(x, *args), optimizer, x), None
+    def value(x: dict[str, Tree], args: tuple) -> Tensor:
+        known = {**dict(zip(group.outside, args, strict=True)), **x}
+        return of_vectors(x[name], *(known[other] for other in outside))
 
-    (x, _), _ = unroll(
-        one, (block.params, block.optimizer), xs, length=steps if xs is None else None, checkpoint=checkpoint,
-        truncate=truncate,
-    )  # fmt: skip
+    return value
+
+
+def _slope(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tree]:
+    value = _value(program, name, group, moment)
+    return lambda x, args: grad(lambda own: value({**x, name: own}, args))(x[name])
+
+
+def _adapted(program, name, moment, gradient, v) -> Tree:
+    optimizer, params = program.levels[name].optimizer, moment.params[name]
+    along = lambda g: -tree.vdot(v, optimizer.update(g, moment.optimizers[name], params)[0])  # noqa: E731
+    return grad(along)(gradient)
+
+
+def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, Tree]:
+    """The last steps of a group once more, as a function of what they read; what lies below is taken as it is now."""
+    blocks = {member: moment.blocks[member] for member in group.members}
+    steps = {program.levels[member].steps for member in group.members}
+    if len(steps) > 1:
+        raise ValueError(f"{group.name} answer each other and take different numbers of steps: use Implicit(GMRES())")
+    xs = {m: block.batch.batches for m, block in blocks.items() if isinstance(block.batch, PerStep)}
+
+    def one(carry, now):
+        x, optimizers = carry
+        here = moment._replace(batches={**moment.batches, **(now or {})})
+        for member in group.members:
+            slope = _slope(program, member, group, here)(x, args)
+            params, optimizer = moved(program, member, slope, optimizers[member], x[member])
+            x, optimizers = {**x, member: params}, {**optimizers, member: optimizer}
+        return (x, optimizers), None
+
+    begin = {m: block.params for m, block in blocks.items()}, {m: block.optimizer for m, block in blocks.items()}
+    length = None if xs else steps.pop()
+    (x, _), _ = unroll(one, begin, xs or None, length=length, checkpoint=checkpoint, truncate=truncate)
     return x
 
 

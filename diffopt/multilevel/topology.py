@@ -1,11 +1,31 @@
 """The shape of a program: which levels lie below which, in what order they move, and what is missing."""
 
+import graphlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from diffopt.multilevel.level import Edge, Level
 
-__all__ = ["Topology", "topology"]
+__all__ = ["Group", "Topology", "topology"]
+
+
+class Group(NamedTuple):
+    """Levels whose best responses depend on each other, as of two that share a lower level; mostly one alone.
+
+    Attributes:
+        members: Their names.
+        outside: What their joint response depends on.
+        edge: The edge whose method differentiates it.
+    """
+
+    members: tuple[str, ...]
+    outside: tuple[str, ...]
+    edge: Edge
+
+    @property
+    def name(self) -> str:
+        """What it is called in states and reports."""
+        return "+".join(self.members)
 
 
 class Topology(NamedTuple):
@@ -15,15 +35,15 @@ class Topology(NamedTuple):
         order: All names, lower levels first.
         lowers: The levels directly below each.
         below: All levels below each.
+        groups: What lies below each level in groups, each before those that it depends on.
         outside: What the best response of each depends on: what it and those below it read, and do not contain.
-        edges: The edge from each level to each level below it; where that is not direct, the first along the way.
     """
 
     order: tuple[str, ...]
     lowers: dict[str, tuple[str, ...]]
     below: dict[str, frozenset[str]]
+    groups: dict[str, tuple[Group, ...]]
     outside: dict[str, tuple[str, ...]]
-    edges: dict[tuple[str, str], Edge]
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -55,13 +75,8 @@ def topology(levels: Mapping[str, Level], edges: Sequence[Edge]) -> Topology:
     _check_reads(levels, below)
     outside = {name: _outside(name, levels, below) for name in order}
     _check_edges(levels, edges, below, outside)
-    direct = {(e.upper, e.lower): e for e in edges}
-    chosen = {
-        (upper, lower): direct.get((upper, lower)) or _last_edge(edges, below, upper, lower)
-        for upper in order
-        for lower in below[upper]
-    }
-    return Topology(order, lowers, below, outside, chosen)
+    groups = {name: _groups(name, edges, below, outside) for name in order}
+    return Topology(order, lowers, below, groups, outside)
 
 
 def _check_names(levels: Mapping[str, Level], edges: Sequence[Edge]) -> None:
@@ -144,5 +159,29 @@ def _check_edges(levels, edges, below, outside) -> None:
             )
 
 
-def _last_edge(edges: Sequence[Edge], below: Mapping[str, frozenset[str]], upper: str, lower: str) -> Edge:
-    return next(e for e in edges if e.lower == lower and e.upper in below[upper])
+def _groups(name, edges, below, outside) -> tuple[Group, ...]:
+    inner = sorted(below[name])
+    needs = {member: {other for other in outside[member] if other in below[name]} for member in inner}
+    reach = {member: _reached(member, needs) for member in inner}
+    members = {m: tuple(o for o in inner if o == m or (o in reach[m] and m in reach[o])) for m in inner}
+    follows = {members[m]: {members[o] for o in needs[m]} for m in inner}
+    for m in inner:
+        follows[members[m]] |= {members[o] for o in needs[m]}
+    sorter = graphlib.TopologicalSorter({group: others - {group} for group, others in follows.items()})
+    return tuple(_group(name, group, edges, below, outside) for group in reversed(tuple(sorter.static_order())))
+
+
+def _reached(name: str, needs: Mapping[str, set[str]]) -> set[str]:
+    found, stack = set(), [name]
+    while stack:
+        new = needs[stack.pop()] - found
+        found |= new
+        stack += new
+    return found
+
+
+def _group(name, members, edges, below, outside) -> Group:
+    depends = dict.fromkeys(other for member in members for other in outside[member])
+    direct = [e for e in edges if e.upper == name and e.lower in members]
+    inner = [e for e in edges if e.upper in below[name] and e.lower in members]
+    return Group(members, tuple(other for other in depends if other not in members), (direct or inner)[0])
