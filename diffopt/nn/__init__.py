@@ -1,10 +1,12 @@
 """Modules that change in place, with gradients through their changes: for those who come from nn.Module libraries."""
 
 from diffopt.nn.functional import functional
+from diffopt.nn.implicit_module import ImplicitModule
 from diffopt.nn.meta_optimizer import MetaOptimizer
 from diffopt.nn.state import ModuleState, OptimizerState, extract_state, recover_state, stop_gradient
 
 __all__ = [
+    "ImplicitModule",
     "MetaOptimizer",
     "ModuleState",
     "OptimizerState",

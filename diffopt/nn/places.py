@@ -5,11 +5,12 @@ A module's own dict of parameters takes tensors that are results of computations
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Place", "find_places", "leaf_of"]
+__all__ = ["Place", "find_places", "find_tracked", "leaf_of"]
 
 
 @dataclasses.dataclass
@@ -34,7 +35,7 @@ class Place:
 def find_places(*modules: nn.Module) -> list[dict[str, Place]]:
     """Find the parameters of modules by name, each once.
 
-    Attributes that are the same tensor, and lists of such, are found too.
+    Attributes that are the same tensor, and lists and dicts of such, are found too.
 
     Args:
         *modules: The modules. A parameter of several belongs to the first.
@@ -53,11 +54,33 @@ def find_places(*modules: nn.Module) -> list[dict[str, Place]]:
         fresh = {name: Place(value) for name, value in module.named_parameters() if id(value) not in known}
         known.update({id(place.tensor): place for place in fresh.values()})
         found.append(fresh)
-    for owner in {id(m): m for module in modules for m in module.modules()}.values():
-        for container, key, value in _entries(owner):
-            if id(value) in known:
-                known[id(value)].spots.append((container, key))
+    for container, key, value in _entries(m for module in modules for m in module.modules()):
+        if id(value) in known:
+            known[id(value)].spots.append((container, key))
     return found
+
+
+def find_tracked(modules: Iterable[nn.Module], known: Iterable[Tensor]) -> list[Place]:
+    """Find all tensors that require grad, in any attribute of modules, but for those that are known.
+
+    Args:
+        modules: Modules with all their submodules.
+        known: Tensors to leave out.
+
+    Returns:
+        Their places, each tensor once.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> [place.tensor is net.bias for place in find_tracked(net.modules(), [net.weight])]
+        [True]
+    """
+    places: dict[int, Place] = {}
+    left_out = {id(tensor) for tensor in known}
+    for container, key, value in _entries(modules):
+        if value.requires_grad and id(value) not in left_out:
+            places.setdefault(id(value), Place(value)).spots.append((container, key))
+    return list(places.values())
 
 
 def leaf_of(tensor: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
@@ -65,13 +88,16 @@ def leaf_of(tensor: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad if requires_grad is None else requires_grad)
 
 
-def _entries(module: nn.Module) -> list[tuple[Any, Any, Any]]:
-    attributes = vars(module)
-    # `_parameters` is torch's: no public way puts a tensor there that is not a leaf.
-    found = [(attributes["_parameters"], key, value) for key, value in attributes["_parameters"].items()]
-    for key, value in attributes.items():
-        if isinstance(value, Tensor):
-            found.append((attributes, key, value))
-        elif type(value) is list:
-            found += [(value, i, item) for i, item in enumerate(value)]
-    return found
+def _entries(modules: Iterable[nn.Module]) -> list[tuple[Any, Any, Tensor]]:
+    """Containers, keys and tensors: what modules hold in attributes, and in lists and dicts there."""
+    found: list[tuple[Any, Any, Any]] = []
+    for module in {id(m): m for m in modules}.values():
+        for name, value in vars(module).items():
+            # `_parameters` is one of the dicts; no public way puts a tensor there that is not a leaf.
+            if type(value) is dict:
+                found += [(value, key, member) for key, member in value.items()]
+            elif type(value) is list:
+                found += [(value, i, member) for i, member in enumerate(value)]
+            else:
+                found.append((vars(module), name, value))
+    return [entry for entry in found if isinstance(entry[2], Tensor)]
