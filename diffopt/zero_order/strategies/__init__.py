@@ -2,6 +2,7 @@
 
 from diffopt.zero_order.strategies.ars import ARSState, ars
 from diffopt.zero_order.strategies.base import Strategy
+from diffopt.zero_order.strategies.bounds import reflect
 from diffopt.zero_order.strategies.cem import CEMState, cem
 from diffopt.zero_order.strategies.clipup import ClipUpState, clipup
 from diffopt.zero_order.strategies.cma_es import CMAESState, cma_es
@@ -42,6 +43,7 @@ __all__ = [
     "pgpe",
     "rank_weights",
     "raw_losses",
+    "reflect",
     "run",
     "run_with_restarts",
     "sep_cma_es",

@@ -9,7 +9,6 @@ from diffopt.transforms import GradientTransformation
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.fitness import finite_losses, rank_weights
 from diffopt.zero_order.strategies.pairs import check_optimizer, descend, halves, mirrored
 
@@ -40,7 +39,6 @@ def ars(
     population_size: int,
     *,
     top: int | None = None,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Step along the mean of random directions, weighted by differences of losses over their standard deviation.
 
@@ -55,14 +53,13 @@ def ars(
         sigma: The width, above 0, a number or a 0-d tensor.
         population_size: The number of members m, even, at least 4.
         top: The number of directions b that are kept, from 1 to m / 2. Default: all.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `ARSState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If sigma is not above 0, the size below 4 or odd, top out of range, or bounds are not a pair.
+        ValueError: If sigma is not above 0, the size below 4 or odd, or top out of range.
 
     Example:
         >>> from diffopt import random, sgd
@@ -94,7 +91,7 @@ def ars(
         return x, {"optimizer": inner}
 
     return on_vectors(
-        ARSState, lambda x, params: (optimizer.init(params),), sample, learn, bounds=bounds, even=True
+        ARSState, lambda x, params: (optimizer.init(params),), sample, learn, even=True
     )  # fmt: skip
 
 

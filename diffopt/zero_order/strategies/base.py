@@ -15,7 +15,6 @@ from diffopt.random.dispatch import runs_eagerly
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
-from diffopt.zero_order.strategies.bounds import Bounds, check_bounds, clip, flat_bounds
 
 __all__ = ["Strategy", "check_population_size", "check_sigma", "default_population_size", "filled", "on_vectors"]
 
@@ -60,7 +59,6 @@ def on_vectors(
     sample: Callable[[Tensor, Tensor, Any], Tensor],
     learn: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, dict[str, Any]]],
     *,
-    bounds: Bounds = None,
     even: bool = False,
 ) -> Strategy:
     """Make a strategy of functions on flat vectors: what all of them share.
@@ -70,29 +68,23 @@ def on_vectors(
         start: ``start(x, params)``, from the parameters, flat and as a tree, to the further fields.
         sample: ``sample(key, x, state)``, from the flat mean to members, shape (m, n).
         learn: ``learn(x, members, losses, state)``, to the next flat mean and the fields that change.
-        bounds: Where the search stays.
         even: Whether members come in pairs, the first half and the second.
 
     Returns:
         The strategy.
-
-    Raises:
-        ValueError: If bounds are not None or a pair.
     """
-    check_bounds(bounds)
 
     def init(params: Tree) -> Any:
         x, unravel = tree.ravel(params)
         _check_params(x)
-        params = unravel(clip(x, flat_bounds(bounds, params)) + 0)
+        params = unravel(x + 0)
         worst = torch.full_like(x[0], math.inf)
         generation = torch.zeros_like(x[0], dtype=torch.int64)
         return state_type(params, tree.map(torch.clone, params), worst, generation, *start(x, params))
 
     def ask(key: Tensor, state: Any) -> Tree:
         x = tree.ravel(state.mean)[0]
-        members = clip(sample(key, x, state), flat_bounds(bounds, state.mean))
-        return _as_population(members, state.mean)
+        return _as_population(sample(key, x, state), state.mean)
 
     def tell(population: Tree, losses: Tensor, state: Any) -> Any:
         members = _as_members(population, state.mean, even)
@@ -101,7 +93,7 @@ def on_vectors(
         following, changes = learn(x, members, losses, state)
         best, best_loss = _best(members, losses, tree.ravel(state.best)[0], state.best_loss)
         return state._replace(
-            mean=unravel(clip(following, flat_bounds(bounds, state.mean))),
+            mean=unravel(following),
             best=unravel(best),
             best_loss=best_loss,
             generation=state.generation + 1,

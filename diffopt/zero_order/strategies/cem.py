@@ -10,7 +10,6 @@ from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.fitness import rank_weights
 
 __all__ = ["CEMState", "cem"]
@@ -41,7 +40,6 @@ def cem(
     elites: int | None = None,
     momentum: Numeric = 0.0,
     extra_noise: Numeric = 0.0,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Fit the mean and the standard deviation of each unknown to the best members.
 
@@ -56,14 +54,13 @@ def cem(
         elites: The number k of members that are fitted, from 2 to m - 1. Default: a quarter of m, at least 2.
         momentum: The share :math:`\alpha` of mean and variance that is kept, in [0, 1), a number or a 0-d tensor.
         extra_noise: The variance v that is added each generation, at least 0, likewise.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `CEMState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If a number is out of range, the size below 3, or bounds are not a pair.
+        ValueError: If a number is out of range, or the size below 3.
 
     Example:
         >>> from diffopt import random
@@ -95,7 +92,7 @@ def cem(
         variance = old * state.sigma**2 + new * spread + as_dtype(extra_noise, x.dtype)
         return old * x + new * centre, {"sigma": variance.sqrt()}
 
-    return on_vectors(CEMState, lambda x, params: (filled(x, sigma),), sample, learn, bounds=bounds)
+    return on_vectors(CEMState, lambda x, params: (filled(x, sigma),), sample, learn)
 
 
 def _checked_elites(elites: int, population_size: int) -> int:

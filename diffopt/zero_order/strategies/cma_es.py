@@ -16,7 +16,6 @@ from diffopt.zero_order.strategies.base import (
     filled,
     on_vectors,
 )
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.cma_paths import follow
 from diffopt.zero_order.strategies.cma_rates import Rates, by_rank, rates
 from diffopt.zero_order.strategies.fitness import rank_weights
@@ -52,9 +51,7 @@ class CMAESState(NamedTuple):
     scales: Tensor
 
 
-def cma_es(
-    sigma: Numeric, population_size: int | None = None, *, active: bool = True, bounds: Bounds = None
-) -> Strategy:
+def cma_es(sigma: Numeric, population_size: int | None = None, *, active: bool = True) -> Strategy:
     r"""Adapt mean, step size and covariance of a Gaussian by ranks.
 
     .. math:: x_i = m + \sigma y_i, \quad y_i \sim \mathcal{N}(0, C), \qquad
@@ -74,14 +71,13 @@ def cma_es(
         population_size: The number of members, at least 2. Default: :math:`4 + \lfloor 3 \ln n \rfloor`; a larger one
             searches more globally.
         active: Whether the worse half shrinks the covariance along its steps.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `CMAESState`. Its eigendecomposition has no derivative (NaN) where eigenvalues are equal.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If sigma is not above 0, the size below 2, or bounds are not a pair.
+        ValueError: If sigma is not above 0, or the size below 2.
 
     Example:
         >>> from diffopt import random
@@ -107,12 +103,20 @@ def cma_es(
 
     def learn(x: Tensor, members: Tensor, losses: Tensor, state: CMAESState) -> tuple[Tensor, dict[str, Any]]:
         steps = (members - x) / state.sigma
+        white = (steps @ state.axes) / state.scales
         found = rates(x.shape[0], steps.shape[0], active=active)
         weights = rank_weights(losses, by_rank(found, x))
         y = weights[0] @ steps
-        white = state.axes @ ((state.axes.mT @ y) / state.scales)
-        paths = follow(found, y, white, state.generation, state.sigma, state.step_path, state.covariance_path)
-        covariance = _covariance(found, steps, weights, paths.covariance_path, paths.decay, state)
+        paths = follow(
+            found,
+            y,
+            state.axes @ (weights[0] @ white),
+            state.generation,
+            state.sigma,
+            state.step_path,
+            state.covariance_path,
+        )
+        covariance = _covariance(found, steps, white, weights, paths.covariance_path, paths.decay, state)
         axes, scales = _decomposed(found, covariance, state)
         return x + state.sigma * y, {
             "sigma": paths.sigma,
@@ -123,12 +127,14 @@ def cma_es(
             "scales": scales,
         }
 
-    return on_vectors(CMAESState, start, sample, learn, bounds=bounds)
+    return on_vectors(CMAESState, start, sample, learn)
 
 
-def _covariance(found: Rates, steps: Tensor, weights: Tensor, path: Tensor, decay: Tensor, state: CMAESState) -> Tensor:
+def _covariance(
+    found: Rates, steps: Tensor, white: Tensor, weights: Tensor, path: Tensor, decay: Tensor, state: CMAESState
+) -> Tensor:
     """The rank-one and rank-mu updates of C."""
-    lengths = (((steps @ state.axes) / state.scales) ** 2).sum(dim=1)
+    lengths = (white * white).sum(dim=1)
     scaled = weights[0] + weights[1] * steps.shape[1] / torch.where(lengths > 0, lengths, 1.0)
     update = steps.mT @ (scaled[:, None] * steps)
     kept = decay - found.c_mu * sum(found.weights)
@@ -144,4 +150,5 @@ def _decomposed(found: Rates, covariance: Tensor, state: CMAESState) -> tuple[Te
         return state.axes, state.scales
     eigenvalues, axes = torch.linalg.eigh(covariance)
     scales = eigenvalues.clamp(min=torch.finfo(eigenvalues.dtype).tiny).sqrt()
-    return torch.where(due, axes, state.axes), torch.where(due, scales, state.scales)
+    # eigh gives columns, which a compiled generation would take for another kind of state.
+    return torch.where(due, axes, state.axes).contiguous(), torch.where(due, scales, state.scales)

@@ -8,7 +8,6 @@ from diffopt.transforms import GradientTransformation
 from diffopt.typing import Numeric, Schedule, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.fitness import Fitness, centered_rank
 from diffopt.zero_order.strategies.pairs import check_optimizer, descend, mirrored
 
@@ -40,7 +39,6 @@ def open_es(
     *,
     antithetic: bool = True,
     fitness: Fitness = centered_rank,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Descend the estimated gradient of the function smoothed by a Gaussian of fixed width.
 
@@ -55,14 +53,13 @@ def open_es(
         population_size: The number of members m, at least 2.
         antithetic: Whether members come in pairs; then their number is even.
         fitness: The shaping of losses.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `OpenESState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If sigma is not above 0, the size below 2 or odd though antithetic, or bounds are not a pair.
+        ValueError: If sigma is not above 0, or the size below 2 or odd though antithetic.
 
     Example:
         >>> import torch
@@ -103,6 +100,5 @@ def open_es(
         lambda x, params: (optimizer.init(params),),
         sample,
         learn,
-        bounds=bounds,
         even=antithetic,
     )

@@ -11,7 +11,6 @@ from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.clipup import clipup
 from diffopt.zero_order.strategies.fitness import Fitness, centered_rank
 from diffopt.zero_order.strategies.pairs import check_optimizer, descend, halves, mirrored
@@ -47,7 +46,6 @@ def pgpe(
     sigma_learning_rate: Numeric = 0.1,
     sigma_max_change: Numeric = 0.2,
     fitness: Fitness = centered_rank,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Descend the expected loss of a Gaussian with a width for each unknown, sampled in pairs.
 
@@ -67,14 +65,13 @@ def pgpe(
         sigma_learning_rate: The rate of the widths, at least 0, a number or a 0-d tensor.
         sigma_max_change: By what share a width may change in a generation, in [0, 1), likewise.
         fitness: The shaping of losses.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `PGPEState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If a number is out of range, the size below 4 or odd, or bounds are not a pair.
+        ValueError: If a number is out of range, or the size below 4 or odd.
 
     Example:
         >>> from diffopt import random
@@ -121,4 +118,4 @@ def pgpe(
         width = torch.clamp(width - rate * slope, min=width - change, max=width + change)
         return following, {"sigma": width, "optimizer": inner}
 
-    return on_vectors(PGPEState, start, sample, learn, bounds=bounds, even=True)
+    return on_vectors(PGPEState, start, sample, learn, even=True)

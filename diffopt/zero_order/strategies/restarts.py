@@ -11,6 +11,7 @@ from diffopt import random, tree
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.strategies.base import Strategy, check_population_size
+from diffopt.zero_order.strategies.bounds import Bounds, check_bounds, reflect
 from diffopt.zero_order.strategies.run import Batching, make_generation
 
 __all__ = ["Attempt", "RestartsResult", "StopRules", "run_with_restarts"]
@@ -79,6 +80,7 @@ def run_with_restarts(
     target: float = -math.inf,
     start: Callable[[Tensor], Tree] | None = None,
     rules: StopRules | None = None,
+    bounds: Bounds = None,
     batching: Batching = "vmap",
 ) -> RestartsResult:
     """Run a strategy until it gets stuck, and again with a larger population, within a budget.
@@ -95,6 +97,7 @@ def run_with_restarts(
         target: Ends with the first loss that is at most this.
         start: Takes a key to where a further attempt starts. Default: where the first did.
         rules: When an attempt ends. Default: ``StopRules()``.
+        bounds: Between which f is evaluated, as `run` takes them.
         batching: How f meets a population.
 
     Returns:
@@ -120,13 +123,14 @@ def run_with_restarts(
     check_population_size(population_size)
     check_hyperparameter("growth", growth, at_least=1.0)
     _check_counts(max_evaluations=max_evaluations, restarts=restarts)
+    check_bounds(bounds, params)
     rules = StopRules() if rules is None else rules
     evaluations, attempts, best, best_loss, state = 0, [], params, None, None
     for i in range(restarts + 1):
         run_key, start_key = random.split(random.fold_in(key, i))
         strategy = make(round(population_size * growth**i))
         state = strategy.init(tree.map(Tensor.detach, params if start is None or i == 0 else start(start_key)))
-        advance = make_generation(strategy, f, batching=batching)
+        advance = make_generation(strategy, f, bounds=bounds, batching=batching)
         state, size, reason = _attempt(advance, run_key, state, max_evaluations - evaluations, target, rules)
         attempts.append(Attempt(size, int(state.generation), float(state.best_loss), reason))
         evaluations += size * int(state.generation)
@@ -134,7 +138,7 @@ def run_with_restarts(
             best, best_loss = state.best, state.best_loss
         if reason in ("target", "budget"):
             break
-    return RestartsResult(best, best_loss, state, evaluations, tuple(attempts))  # type: ignore[arg-type]
+    return RestartsResult(reflect(best, bounds), best_loss, state, evaluations, tuple(attempts))  # type: ignore[arg-type]
 
 
 def _attempt(

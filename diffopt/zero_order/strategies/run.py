@@ -16,6 +16,7 @@ from diffopt import random, tree
 from diffopt.autodiff import compile as compile_whole
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.strategies.base import Strategy
+from diffopt.zero_order.strategies.bounds import Bounds, check_bounds, reflect
 
 __all__ = ["Batching", "History", "Result", "evaluate_population", "make_generation", "run"]
 
@@ -44,7 +45,8 @@ class Result(NamedTuple):
     Attributes:
         params: The best member of all generations, a tree like the parameters.
         loss: Its loss, a 0-d tensor; infinite if no loss was finite.
-        state: The state of the strategy, from which a run goes on; ``state.mean`` is the centre of the search.
+        state: The state of the strategy, from which a run goes on; ``state.mean`` is the centre of the search. With
+            bounds, it is what was searched before reflection: see `reflect`.
         history: What was recorded.
     """
 
@@ -61,6 +63,7 @@ def run(
     key: Tensor,
     steps: int,
     *,
+    bounds: Bounds = None,
     batching: Batching = "vmap",
     compile: bool = False,
     progress: bool = False,
@@ -80,6 +83,8 @@ def run(
         params: Where the search starts.
         key: A key, int64, shape (2,).
         steps: The number of generations.
+        bounds: A pair (lower, upper) between which f is evaluated, by `reflect`; each is a number or a tensor that
+            holds for every leaf, a tree like the parameters, or None.
         batching: How f meets a population.
         compile: Whether a generation is compiled, f within it: seconds once, then without the overhead of each
             operation. Not with batching "sequential".
@@ -93,7 +98,8 @@ def run(
         The best member, its loss, the state and the history.
 
     Raises:
-        ValueError: If steps are negative, batching is another, or the losses are not one number a member.
+        ValueError: If steps are negative, batching is another, bounds are out of order or no pair, or losses are not
+            one number a member.
         TypeError: If steps are not an int, or the parameters not of dtype float32 or float64.
 
     Example:
@@ -104,7 +110,8 @@ def run(
         [3.0, 3.0]
     """
     _check_steps(steps)
-    advance = make_generation(strategy, f, batching=batching)
+    check_bounds(bounds, params)
+    advance = make_generation(strategy, f, bounds=bounds, batching=batching)
     if compile:
         advance = _compiled(advance, batching)
     if state is None:
@@ -124,17 +131,18 @@ def run(
             break
     if bar is not None:
         bar.close()
-    return Result(state.best, state.best_loss, state, _recorded(rows, state.best_loss))
+    return Result(reflect(state.best, bounds), state.best_loss, state, _recorded(rows, state.best_loss))
 
 
 def make_generation(
-    strategy: Strategy, f: Callable[[Tree], Numeric], *, batching: Batching = "vmap"
+    strategy: Strategy, f: Callable[[Tree], Numeric], *, bounds: Bounds = None, batching: Batching = "vmap"
 ) -> Callable[[Tensor, Any], tuple[Any, Tensor]]:
     """Make one generation of a run: ask, evaluate and tell, as a function to compile or to vmap.
 
     Args:
         strategy: The strategy.
         f: The function, as `run` takes it.
+        bounds: Between which it is evaluated, as `run` takes them.
         batching: How it meets a population.
 
     Returns:
@@ -155,7 +163,7 @@ def make_generation(
 
     def advance(key: Tensor, state: Any) -> tuple[Any, Tensor]:
         population = strategy.ask(random.fold_in(key, state.generation), state)
-        losses = evaluate_population(f, population, batching)
+        losses = evaluate_population(f, reflect(population, bounds), batching)
         return strategy.tell(population, losses, state), losses
 
     return advance

@@ -15,7 +15,6 @@ from diffopt.zero_order.strategies.base import (
     filled,
     on_vectors,
 )
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.cma_paths import follow
 from diffopt.zero_order.strategies.cma_rates import by_rank, rates
 from diffopt.zero_order.strategies.fitness import rank_weights
@@ -47,9 +46,7 @@ class SepCMAESState(NamedTuple):
     scales: Tensor
 
 
-def sep_cma_es(
-    sigma: Numeric, population_size: int | None = None, *, active: bool = False, bounds: Bounds = None
-) -> Strategy:
+def sep_cma_es(sigma: Numeric, population_size: int | None = None, *, active: bool = False) -> Strategy:
     r"""Adapt mean, step size and the variance of each unknown by ranks: `cma_es` with a diagonal covariance.
 
     .. math:: C_{jj} \leftarrow \Big(1 - c_1 - c_\mu \sum_i w_i\Big) C_{jj} + c_1 p_{c,j}^2
@@ -62,14 +59,13 @@ def sep_cma_es(
         sigma: The step size at the start, above 0, a number or a 0-d tensor.
         population_size: The number of members, at least 2. Default: :math:`4 + \lfloor 3 \ln n \rfloor`.
         active: Whether the worse half shrinks the variances along its steps; not part of the published method.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `SepCMAESState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If sigma is not above 0, the size below 2, or bounds are not a pair.
+        ValueError: If sigma is not above 0, or the size below 2.
 
     Example:
         >>> from diffopt import random
@@ -117,4 +113,4 @@ def sep_cma_es(
             "scales": variances.clamp(min=torch.finfo(x.dtype).tiny).sqrt(),
         }
 
-    return on_vectors(SepCMAESState, start, sample, learn, bounds=bounds)
+    return on_vectors(SepCMAESState, start, sample, learn)

@@ -18,7 +18,6 @@ from diffopt.zero_order.strategies.base import (
     filled,
     on_vectors,
 )
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.fitness import Fitness, nes_utilities
 
 __all__ = ["SNESState", "snes"]
@@ -49,7 +48,6 @@ def snes(
     learning_rate: Numeric = 1.0,
     sigma_learning_rate: Numeric | None = None,
     fitness: Fitness = nes_utilities,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Follow the natural gradient of a Gaussian with a width for each unknown.
 
@@ -65,14 +63,13 @@ def snes(
         sigma_learning_rate: The rate :math:`\eta_\sigma`, at least 0, likewise.
             Default: :math:`(3 + \ln n) / (5 \sqrt n)`.
         fitness: The shaping of losses.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `SNESState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If a number is out of range, the size below 2, or bounds are not a pair.
+        ValueError: If a number is out of range, or the size below 2.
 
     Example:
         >>> from diffopt import random
@@ -109,4 +106,4 @@ def snes(
         step = as_dtype(learning_rate, x.dtype) * state.sigma * (utilities @ z)
         return x + step, {"sigma": state.sigma * torch.exp(as_dtype(rate, x.dtype) / 2 * slope)}
 
-    return on_vectors(SNESState, start, sample, learn, bounds=bounds)
+    return on_vectors(SNESState, start, sample, learn)

@@ -18,7 +18,6 @@ from diffopt.zero_order.strategies.base import (
     filled,
     on_vectors,
 )
-from diffopt.zero_order.strategies.bounds import Bounds
 from diffopt.zero_order.strategies.fitness import Fitness, nes_utilities
 
 __all__ = ["XNESState", "xnes"]
@@ -52,7 +51,6 @@ def xnes(
     sigma_learning_rate: Numeric | None = None,
     shape_learning_rate: Numeric | None = None,
     fitness: Fitness = nes_utilities,
-    bounds: Bounds = None,
 ) -> Strategy:
     r"""Follow the natural gradient of a Gaussian with any covariance, in exponential coordinates.
 
@@ -75,14 +73,13 @@ def xnes(
             Default: :math:`(9 + 3 \ln n) / (5 n \sqrt n)`.
         shape_learning_rate: The rate :math:`\eta_B`, likewise, with the same default.
         fitness: The shaping of losses.
-        bounds: A pair (lower, upper), to which members and mean are clipped.
 
     Returns:
         A strategy with `XNESState`.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If a number is out of range, the size below 2, or bounds are not a pair.
+        ValueError: If a number is out of range, or the size below 2.
 
     Example:
         >>> from diffopt import random
@@ -115,7 +112,8 @@ def xnes(
         n = x.shape[0]
         shaped = fitness(losses).to(x.dtype)
         utilities = shaped.mean() - shaped
-        z = (members - x) / state.sigma @ torch.linalg.inv(state.shape).mT
+        steps = (members - x) / state.sigma
+        z = steps @ torch.linalg.inv(state.shape).mT
         delta, total = utilities @ z, utilities.sum()
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         slope = z.mT @ (utilities[:, None] * z) - total * eye
@@ -127,4 +125,4 @@ def xnes(
         shape = state.shape @ torch.linalg.matrix_exp(bend * (slope - along * eye))
         return x + step, {"sigma": state.sigma * torch.exp(size * along), "shape": shape}
 
-    return on_vectors(XNESState, start, sample, learn, bounds=bounds)
+    return on_vectors(XNESState, start, sample, learn)
