@@ -77,10 +77,12 @@ def options(
 ) -> dict[str, Any]:
     """The options of a verb, checked; tolerances of None are left to the dtype."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf and value is not True):
             raise ValueError(f"{name} must be a non-negative number; got {value!r}")
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 0:
         raise ValueError(f"max_steps must be a non-negative int; got {max_steps!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of the solver's state, or None; got {callback!r}")
     if not callable(norm) and norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, _NORMS))} or a function of a tensor; got {norm!r}")
     return {
@@ -162,7 +164,7 @@ class Iteration:
 
     def finish(self, carry: Carry, init: Tree) -> tuple[Tree, tuple[Tensor, Stats, Any]]:
         """The solution, where there is none the best iterate, and how the loop ended."""
-        met = carry.error <= carry.limit
+        met = (carry.error <= carry.limit) & (carry.error < math.inf)
         code = torch.where(carry.state.failed, STALLED, MAX_STEPS)
         code = torch.where(carry.error.isfinite(), code, NONFINITE)
         result = torch.where(met, CONVERGED, code)

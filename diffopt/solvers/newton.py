@@ -124,7 +124,10 @@ def rows(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """The matrix whose rows are the products with unit vectors like `like`."""
     # units along the last dimension: under a further vmap, the batched products then keep their rows contiguous
     units = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
-    return torch.func.vmap(product, in_dims=1, out_dims=1)(units).mT
+    if like.numel() == 0:
+        return torch.func.vmap(product, in_dims=1, out_dims=1)(units).mT
+    # 0 * u: a constant product, too, must be batched, as out_dims is not 0
+    return torch.func.vmap(lambda u: product(u) + 0 * u.sum(), in_dims=1, out_dims=1)(units).mT
 
 
 def solved(J: Tensor, b: Tensor) -> Tensor:

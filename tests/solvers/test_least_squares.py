@@ -288,3 +288,8 @@ def test_residuals_and_starts_that_are_no_tensors_are_named():
 
 def test_no_unknowns_are_solved():
     assert least_squares(lambda x: x, torch.ones(0)).value.shape == (0,)
+
+
+def test_constant_residuals_have_no_descent_but_an_answer():
+    found = least_squares(lambda x: torch.ones(3, dtype=x.dtype), torch.ones(2, dtype=torch.float64))
+    assert found.value.tolist() == [1.0, 1.0]

@@ -272,3 +272,18 @@ def test_wrong_shapes_and_arguments_say_what_to_do():
         root(lambda y: y, x, rtol=-1.0)
     with pytest.raises(TypeError, match="floating-point"):
         root(lambda y: y, torch.ones(2, dtype=torch.int64))
+
+
+def test_an_infinite_residual_is_no_solution():
+    found = root(lambda x: 1 / x - 2, torch.zeros(1, dtype=torch.float64), throw=False)
+    assert found.result == NONFINITE
+    with pytest.raises(SolverError):
+        root(lambda x: 1 / x - 2, torch.zeros(1, dtype=torch.float64))
+
+
+def test_tolerances_are_numbers_and_callbacks_functions():
+    x = torch.ones(1)
+    with pytest.raises(ValueError, match="rtol must be a non-negative number; got True"):
+        root(torch.sin, x, rtol=True)
+    with pytest.raises(TypeError, match="callback must be a function"):
+        root(torch.sin, x, callback=3)
