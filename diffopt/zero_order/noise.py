@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from diffopt.random.keys import check_key
-from diffopt.transforms.donation import check_donation
+from diffopt.transforms.donation import check_donation, mark_written
 from diffopt.typing import Numeric
+from diffopt.zero_order import launch
 from diffopt_kernels import perturb as kernel
 
 __all__ = ["Distribution", "accumulate", "noise", "perturb"]
@@ -68,8 +69,7 @@ def noise(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     _check_dtype("noise", "dtype", dtype)
     first = _member("start", start, key, size, members)
-    rows = first + torch.arange(members, device=key.device)
-    return kernel.noise_reference(key.expand(members, 2), rows, size, dtype, distribution)
+    return launch.noise(key, first, members, size, dtype, distribution)
 
 
 def perturb(
@@ -118,13 +118,13 @@ def perturb(
     _check_distribution(distribution)
     scale = _scale(sigma, x)
     row = _member("member", member, key, x.shape[0], 1)
-    if donate:
-        check_donation([x], [scale] if isinstance(sigma, Tensor) else [])
-    moved = kernel.perturb_reference(key[None], x[None], scale.expand(x.shape)[None], row[None], distribution)[0]
     if not donate:
-        return moved
-    with torch.no_grad():
-        x.copy_(moved)
+        return launch.perturb(key, x, scale, row, distribution)
+    if torch.compiler.is_compiling():
+        return x.copy_(launch.perturb(key, x, scale, row, distribution))
+    check_donation([x], [sigma] if isinstance(sigma, Tensor) else [])
+    launch.perturb_in_place(key, x, scale, row, distribution)
+    mark_written([x])
     return x
 
 
@@ -176,7 +176,7 @@ def accumulate(
     dtype = weights.dtype if dtype is None else dtype
     _check_dtype("accumulate", "dtype", dtype)
     first = _member("start", start, key, size, weights.shape[0])
-    return kernel.accumulate_reference(key[None], weights[None], first[None], size, dtype, distribution)[0]
+    return launch.accumulate(key, weights, first, size, dtype, distribution)
 
 
 def _check_vector(name: str, x: Tensor, key: Tensor) -> None:
