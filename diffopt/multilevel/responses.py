@@ -192,9 +192,10 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
         return {member: slope(x, args) for member, slope in slopes.items()}
 
     def value(x, *args):
-        if len(group.members) > 1:
+        first, *others = group.members
+        if others:
             raise ValueError(f"{group.name} minimize no common loss: use Implicit(GMRES()) for their joint response")
-        return _value(program, group.members[0], group, moment)(x, args)
+        return _value(program, first, group, moment)(x, args)
 
     def retrace(truncate, checkpoint, *args):
         return _retraced(program, group, moment, args, truncate, checkpoint)

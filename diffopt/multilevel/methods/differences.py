@@ -1,0 +1,63 @@
+r"""The mixed second derivative along a direction, from two gradients.
+
+.. math:: \partial_\theta \nabla_x \Phi(x, \theta)^\top u \approx
+          \frac{\nabla_\theta \Phi(x + \epsilon u, \theta) - \nabla_\theta \Phi(x - \epsilon u, \theta)}{2 \epsilon},
+          \qquad \epsilon = \frac{r}{\|u\|}
+"""
+
+from typing import Any
+
+import torch
+
+from diffopt import tree
+from diffopt.autodiff import grad
+from diffopt.implicit.adjoints import Info, Response
+from diffopt.typing import Tree
+
+__all__ = ["check_radius", "first_order", "pulled_by_difference", "unsolved"]
+
+
+def check_radius(radius: float | None) -> None:
+    """Raise unless a radius is positive or None."""
+    if radius is not None and not (isinstance(radius, (int, float)) and radius > 0):
+        raise ValueError(f"radius must be a positive number or None; got {radius!r}")
+
+
+def pulled_by_difference(response: Response, u: Tree, radius: float | None) -> tuple[Tree, ...]:
+    r"""The cotangents :math:`-\,\partial_\theta \nabla_x \Phi^\top u`, without a graph of second order.
+
+    Args:
+        response: The response.
+        u: The direction, a tree like the iterate.
+        radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
+
+    Returns:
+        A tree for each argument.
+    """
+    if not response.args:
+        return ()
+    x, length = response.x, tree.norm(u)
+    if radius is None:
+        moved = torch.finfo(length.dtype).eps ** (1 / 3) * tree.norm(x).clamp(min=1.0)
+    else:
+        moved = torch.full_like(length, radius)
+    epsilon = torch.where(length > 0, moved / length, 0.0).detach()
+    slopes = grad(response.objective, argnums=tuple(range(1, len(response.args) + 1)))
+    high = slopes(tree.map(lambda x, u: x + epsilon * u, x, u), *response.args)
+    low = slopes(tree.map(lambda x, u: x - epsilon * u, x, u), *response.args)
+    divisor = torch.where(epsilon > 0, 2 * epsilon, 1.0)
+    return tree.map(lambda low, high: (low - high) / divisor, low, high)
+
+
+def first_order(response: Response, apply: Any) -> Tree:
+    r"""The iterate with the derivative :math:`-P\,\partial_\theta F`, where `apply` is :math:`v \mapsto P v`."""
+    slope = response.equation.residual(response.x, *response.args)
+    change = apply(tree.map(lambda g: g - g.detach(), slope))
+    return tree.map(lambda x, c: x - c, response.x, change)
+
+
+def unsolved(x: Tree) -> Info:
+    """What is known of a system that was not solved: nothing."""
+    like = tree.leaves(x)[0]
+    nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+    return Info(nan, torch.full((), -1, device=like.device))

@@ -1,0 +1,67 @@
+r"""The response to actions drawn from a policy: `Reinforce`."""
+
+import dataclasses
+
+from torch import Tensor
+
+from diffopt import random, tree
+from diffopt.implicit.adjoints import Info, Response
+from diffopt.multilevel.methods.differences import unsolved
+from diffopt.typing import Tree
+from diffopt.zero_order import es_grad, smoothed
+
+__all__ = ["Reinforce"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+    r"""The score function of a normal policy around what the lower level reads, with a leave-one-out baseline.
+
+    .. math:: \bar\theta = \frac{1}{m} \sum_{i=1}^m \big(\bar x^\top x(a_i) - b_i\big)\,
+              \nabla_\theta \log N(a_i; \theta, \sigma^2), \qquad a_i = \theta + \sigma \epsilon_i
+
+    The actions are what the lower level is run with. `ZeroOrder` takes them in pairs, with less variance; this serves
+    where runs cannot be paired.
+
+    Args:
+        sigma: The deviation of the policy.
+        num_samples: The number of runs, at least 2.
+
+    Raises:
+        ValueError: If `sigma` is not positive, or `num_samples` below 2.
+
+    Example:
+        >>> Reinforce(0.1, 64).num_samples
+        64
+
+    References:
+        Williams (1992), Simple statistical gradient-following algorithms for connectionist reinforcement learning,
+        theorem 1.
+    """
+
+    sigma: float
+    num_samples: int
+
+    def __post_init__(self):
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive; got {self.sigma!r}")
+        if not isinstance(self.num_samples, int) or self.num_samples < 2:
+            raise ValueError(f"num_samples must be an int of at least 2; got {self.num_samples!r}")
+
+    def begin(self, x: Tree, key: Tensor) -> Tensor:
+        """The key of the next actions."""
+        return key
+
+    def pull(self, response: Response, cotangent: Tree, state: Tensor) -> tuple[tuple[Tree, ...], Tensor, Info]:
+        """See `diffopt.implicit.Adjoint`."""
+        now, later = random.split(state)
+        along = lambda args: tree.vdot(cotangent, response.retrace(None, None, *args))  # noqa: E731
+        estimate = es_grad(along, self.sigma, self.num_samples, method="naive", baseline="leave_one_out")
+        return estimate(now, response.args)[0], later, unsolved(response.x)
+
+    def respond(self, response: Response, state: Tensor) -> Tree:
+        """See `diffopt.implicit.Adjoint`."""
+        run = lambda args: response.retrace(None, None, *args)  # noqa: E731
+        return smoothed(run, self.sigma, self.num_samples, method="naive", baseline="leave_one_out", value="f")(
+            state, response.args
+        )

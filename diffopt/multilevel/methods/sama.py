@@ -1,0 +1,55 @@
+r"""The response of one step of the lower level's own optimizer: `SAMA`."""
+
+import dataclasses
+
+from torch import Tensor
+
+from diffopt.implicit.adjoints import Info, Response
+from diffopt.multilevel.methods.differences import check_radius, first_order, pulled_by_difference, unsolved
+from diffopt.typing import Tree
+
+__all__ = ["SAMA"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SAMA:
+    r"""The response of one step of the lower level's optimizer, in two more gradients.
+
+    .. math:: u = A^\top \bar x, \quad A = -\,\frac{\partial\,\text{update}(g)}{\partial g}, \qquad
+              \bar\theta = -\,\frac{\nabla_\theta \Phi(x + \epsilon u) - \nabla_\theta \Phi(x - \epsilon u)}{2 \epsilon}
+
+    `A` is found by differentiating the optimizer's update in its gradient, so that every optimizer serves, its bias
+    correction, weight decay and schedule included: for sgd it is the learning rate, for Adam its rates adapted to each
+    parameter. No graph of second order of the loss is built. Biased, as `FiniteDifference` is.
+
+    Args:
+        radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
+
+    Raises:
+        ValueError: If the radius is not positive.
+
+    Example:
+        >>> SAMA(radius=0.01)
+        SAMA(radius=0.01)
+
+    References:
+        Choe et al. (2023), Making scalable meta learning practical, section 3.2.
+    """
+
+    radius: float | None = None
+
+    def __post_init__(self):
+        check_radius(self.radius)
+
+    def begin(self, x: Tree, key: Tensor):
+        """Nothing is carried."""
+        return ()
+
+    def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
+        """See `diffopt.implicit.Adjoint`."""
+        u = response.adapt(cotangent)
+        return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
+
+    def respond(self, response: Response, state) -> Tree:
+        """See `diffopt.implicit.Adjoint`; with the exact mixed derivative, for optimizers that mix no parameters."""
+        return first_order(response, response.adapt)

@@ -1,0 +1,65 @@
+r"""The response of the lower level's steps as a black box: `ZeroOrder`."""
+
+import dataclasses
+
+from torch import Tensor
+
+from diffopt import random, tree
+from diffopt.implicit.adjoints import Info, Response
+from diffopt.multilevel.methods.differences import unsolved
+from diffopt.typing import Tree
+from diffopt.zero_order import es_grad, smoothed
+
+__all__ = ["ZeroOrder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroOrder:
+    r"""Evolution strategies through the lower level's steps: perturb what it reads, and run the steps again.
+
+    .. math:: \bar\theta = \frac{1}{m} \sum_{i=1}^m
+              \frac{\bar x^\top (x(\theta + \sigma \epsilon_i) - x(\theta - \sigma \epsilon_i))}{2 \sigma}\,\epsilon_i
+
+    An unbiased estimate of the derivative of the smoothed steps. They are run forward alone, `2 m` times at once, so
+    neither their length nor how rough they are matters; the variance grows with the number of what is read.
+
+    Args:
+        sigma: The scale of the perturbations.
+        num_samples: `2 m`, the number of runs, even.
+
+    Raises:
+        ValueError: If `sigma` is not positive, or `num_samples` not even and positive.
+
+    Example:
+        >>> ZeroOrder(0.1, 64).num_samples
+        64
+
+    References:
+        Vicol, Metz and Sohl-Dickstein (2021), Unbiased gradient estimation in unrolled computation graphs with
+        persistent evolution strategies, section 2.
+    """
+
+    sigma: float
+    num_samples: int
+
+    def __post_init__(self):
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive; got {self.sigma!r}")
+        if not isinstance(self.num_samples, int) or self.num_samples < 2 or self.num_samples % 2:
+            raise ValueError(f"num_samples must be an even int of at least 2; got {self.num_samples!r}")
+
+    def begin(self, x: Tree, key: Tensor) -> Tensor:
+        """The key of the next perturbations."""
+        return key
+
+    def pull(self, response: Response, cotangent: Tree, state: Tensor) -> tuple[tuple[Tree, ...], Tensor, Info]:
+        """See `diffopt.implicit.Adjoint`."""
+        now, later = random.split(state)
+        along = lambda args: tree.vdot(cotangent, response.retrace(None, None, *args))  # noqa: E731
+        parts, _ = es_grad(along, self.sigma, self.num_samples)(now, response.args)
+        return parts, later, unsolved(response.x)
+
+    def respond(self, response: Response, state: Tensor) -> Tree:
+        """See `diffopt.implicit.Adjoint`."""
+        run = lambda args: response.retrace(None, None, *args)  # noqa: E731
+        return smoothed(run, self.sigma, self.num_samples, value="f")(state, response.args)

@@ -1,0 +1,159 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffopt import random
+from diffopt.implicit import OneStep
+from diffopt.linalg import CG, Dense, Neumann
+from diffopt.multilevel import (
+    SAMA,
+    Edge,
+    FiniteDifference,
+    Implicit,
+    Level,
+    Nystrom,
+    Reinforce,
+    Unrolled,
+    ZeroOrder,
+    graph,
+)
+from diffopt.optimizers import adam, adamw, rmsprop, sgd
+from multilevel.quadratic_programs import program, start, true_gradient
+
+SHAPE = "two levels"
+
+
+def hypergrad(method, known=None, **options):
+    known = start(SHAPE) if known is None else known
+    levels = program(SHAPE, method, **options)
+    state = levels.init(random.key(0), known)
+    return levels.hypergrad("a")(state)
+
+
+def error(method, **options):
+    known = start(SHAPE)
+    return torch.linalg.vector_norm(hypergrad(method, known, **options)[0] - true_gradient(SHAPE, "a", known)).item()
+
+
+def test_conjugate_gradients_are_exact_in_as_many_steps_as_unknowns():
+    assert error(Implicit(CG(rtol=0.0, max_steps=3))) < 1e-10
+    assert error(Implicit(CG(rtol=0.0, max_steps=1))) > 1e-3
+
+
+def test_neumann_converges_at_its_geometric_rate():
+    errors = [error(Implicit(Neumann(n, 0.4))) for n in (10, 20, 30)]
+    assert errors[2] < 1e-3
+    assert errors[1] / errors[0] == pytest.approx(errors[2] / errors[1], rel=0.2)
+
+
+def test_truncation_converges_at_the_rate_of_the_steps():
+    errors = [error(Unrolled(truncate=n), steps=60) for n in (10, 20, 30)]
+    assert errors[2] < 2e-2
+    assert errors[1] / errors[0] == pytest.approx(errors[2] / errors[1], rel=0.3)
+
+
+def test_unrolled_steps_from_the_solution_approach_the_response():
+    assert error(Unrolled(), steps=300) < 1e-8
+    assert error(Unrolled(checkpoint="sqrt"), steps=300) < 1e-8
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.5])
+def test_a_finite_difference_is_the_one_step_derivative(eta):
+    assert_close(hypergrad(FiniteDifference(eta))[0], hypergrad(OneStep(eta))[0], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [sgd(0.1), adam(0.05), adamw(0.05), rmsprop(0.05)], ids=["sgd", "adam", "adamw", "rmsprop"]
+)
+def test_sama_is_the_derivative_of_one_more_step(optimizer):
+    known = start(SHAPE)
+    levels = program(SHAPE, SAMA())
+    level = levels.program.levels["b"]
+    two = graph(
+        {"a": levels.program.levels["a"], "b": Level(level.loss, optimizer, reads=("a",), steps=7)},
+        [Edge("a", "b", SAMA())],
+    )
+    known["b"] = known["b"] + 0.3  # away from the solution, where Adam's rates mean something
+    state, _ = two.update(two.init(random.key(0), known))
+    found, _ = two.hypergrad("a")(state)
+
+    def stepped(a):
+        gradient = torch.func.grad(level.loss)(state.params["b"], a)
+        return optimizer.update(gradient, state.optimizers["b"], state.params["b"])[0]
+
+    top = levels.program.levels["a"].loss
+    v = torch.func.grad(top, argnums=1)(state.params["a"], state.params["b"])
+    expected = torch.func.grad(top)(state.params["a"], state.params["b"])
+    expected = expected + torch.func.vjp(stepped, state.params["a"])[1](v)[0]
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_nystrom_of_full_rank_is_the_damped_solve():
+    _, reports = hypergrad(Nystrom(3, damping=1e-8))
+    assert error(Nystrom(3, damping=1e-8)) < 1e-5
+    assert reports["b"].residual < 1e-5
+    assert error(Nystrom(1, damping=1.0)) > 1e-3
+
+
+@pytest.mark.parametrize(("method", "within"), [(ZeroOrder(0.5, 4096), 0.06), (Reinforce(0.5, 8192), 0.15)])
+def test_estimates_by_values_alone_agree_with_unrolled_steps(method, within):
+    exact, _ = hypergrad(Unrolled(), steps=20)
+    found, _ = hypergrad(method, steps=20)
+    assert torch.linalg.vector_norm(found - exact) < within * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Implicit(Dense()), OneStep(0.3), FiniteDifference(0.3), SAMA(), Nystrom(4, 1e-8), Unrolled(), ZeroOrder(0.5, 8)],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_method_serves_within_a_chain(method):
+    """The middle level's own response, differentiated by the top, holds the method's derivative of the lowest."""
+    known = start("three, by neighbours")
+    levels = program("three, by neighbours", method, steps=2)
+    state = levels.init(random.key(0), known)
+    found, _ = levels.hypergrad("a")(state)
+    assert found.isfinite().all()
+    state, metrics = levels.update(state)
+    assert all(m.loss.isfinite() for m in metrics.values())
+    if isinstance(method, (Implicit, Nystrom)):
+        assert_close(found, true_gradient("three, by neighbours", "a", known), rtol=1e-5, atol=1e-5)
+
+
+def test_the_error_of_an_unfinished_solve_is_bounded():
+    known = start(SHAPE)
+    loose = program(SHAPE, Implicit(CG(rtol=0.0, max_steps=1)))
+    b = loose.program.levels["b"]
+    z = torch.cat([known["b"], known["a"]])
+    H = torch.func.hessian(lambda z: b.loss(z[:3], z[3:]))(z)
+    constants = {
+        "strong_convexity": torch.linalg.eigvalsh(H[:3, :3])[0].item(),
+        "coupling": torch.linalg.matrix_norm(H[:3, 3:], 2).item(),
+    }
+    edge = Edge("a", "b", Implicit(CG(rtol=0.0, max_steps=1)), **constants)
+    two = graph(loose.program.levels, [edge])
+    state = two.init(random.key(0), known)
+    found, reports = two.hypergrad("a")(state)
+    wrong = torch.linalg.vector_norm(found - true_gradient(SHAPE, "a", known))
+    report = reports["b"]
+    assert report.bound
+    assert 1e-3 < wrong <= report.error < 100 * wrong
+    assert report.distance < 1e-12
+    assert not hypergrad(Implicit(CG(rtol=0.0, max_steps=1)))[1]["b"].bound
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FiniteDifference(radius=0.0),
+        lambda: SAMA(radius=-1.0),
+        lambda: Nystrom(0),
+        lambda: Nystrom(2, damping=0.0),
+        lambda: ZeroOrder(0.0, 2),
+        lambda: ZeroOrder(0.1, 3),
+        lambda: Reinforce(0.1, 1),
+    ],
+)
+def test_bad_options_raise(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
