@@ -58,7 +58,7 @@ class ImplicitModule(nn.Module):
         TypeError: When made, if ``solve``, or one of ``objective`` and ``optimality``, is missing, or both are there;
             by ``solve``, if it returns something else.
         ValueError: If a given tensor is among other things in an attribute. By ``solve``, if there are no parameters,
-            or nothing to have a gradient, or if the optimality is not like the parameters.
+            or nothing to have a gradient, if the optimality is not like the parameters, or if random numbers are drawn.
         RuntimeError: By ``solve``, under a `torch.func` transform.
 
     Example:
@@ -238,6 +238,18 @@ class _Equation:
 
     def residual(self, x: tuple, held: tuple, data: tuple, named: dict[str, Any]) -> tuple[Tensor, ...]:
         """What is zero at the solution, a tensor for each parameter."""
+        before = None if transforms_active() else _random_state(x[0])
+        found = self.evaluate(x, held, data, named)
+        if before is not None and not torch.equal(before, _random_state(x[0])):
+            name = "objective" if self.uses_objective else "optimality"
+            raise ValueError(
+                f"`{name}` draws random numbers, as dropout does, so that no solution satisfies it twice: call .eval() of "
+                "such modules, or draw once, before `solve`."
+            )
+        return found
+
+    def evaluate(self, x: tuple, held: tuple, data: tuple, named: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The residual, however it is defined."""
         if self.uses_objective:
             return grad(self.value)(x, held, data, named)
         found = self.snapshot.make([*x, *held]).optimality(*data, **named)
@@ -254,6 +266,10 @@ class _Equation:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"`objective` must return a number (0-d tensor); got {got}.")
         return found
+
+
+def _random_state(like: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
 
 
 def _found(values: tuple, *_: Any) -> tuple:

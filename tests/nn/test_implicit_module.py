@@ -519,6 +519,50 @@ def test_refuses_problems_without_parameters():
         Late(mlp()).solve(X, Y)
 
 
+def test_tied_parameters_are_one_unknown():
+    class Tied(Ridge):
+        def __init__(self, penalty):
+            super().__init__(penalty)
+            self.again = self.w
+            self.listed = [self.w]
+
+        def objective(self, x, y):
+            first, second, third = self.w, self.again, self.listed[0]
+            return ((x @ first - y) ** 2).sum() + self.penalty * (second * third).sum()
+
+    penalty = leaf(0.7)
+    inner = Tied(penalty).solve(X, Y)
+    assert inner.w is inner.again is inner.listed[0]
+    expected = torch.func.grad(lambda p: closed_form(X, Y, p).sum())(penalty.detach())
+    torch.testing.assert_close(torch.autograd.grad(inner.again.sum(), penalty)[0], expected, **EXACT)
+
+
+def test_refuses_random_objectives():
+    class Dropped(Adapted):
+        def forward(self, x):
+            return torch.nn.functional.dropout(self.net(x), 0.5, self.training)
+
+    meta_net = mlp()
+    inner = Dropped(meta_net, steps=2)
+    with pytest.raises(ValueError, match="`objective` draws random numbers"):
+        inner.solve(X, Y)
+    inner.eval().solve(X, Y)(X).sum().backward()
+    assert meta_net[0].weight.grad.norm() > 0
+
+
+def test_refuses_hidden_modules():
+    class Hiding(Ridge):
+        def __init__(self, penalty):
+            super().__init__(penalty)
+            self.hidden = [nn.Linear(3, 1, bias=False).double()]
+
+        def objective(self, x, y):
+            return super().objective(x, y) + (self.hidden[0](x) * self.w.sum()).sum()
+
+    with pytest.raises(ValueError, match="Its gradient would be lost"):
+        Hiding(leaf(0.7)).solve(X, Y)
+
+
 def test_refuses_hidden_tensors_and_transforms():
     hidden = leaf(0.7)
     kind = subclass(objective=lambda self, x, y: ((x @ self.w - y) ** 2).sum() + hidden * (self.w**2).sum())
