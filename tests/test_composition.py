@@ -10,6 +10,7 @@ import torch
 from composition_convex import CONVEX_ROWS
 from composition_fused import FUSED_ROWS
 from composition_linalg import LINALG_ROWS
+from composition_meta import META_ROWS
 from composition_optimizers import OPTIMIZER_ROWS
 from composition_solvers import SOLVER_ROWS
 from composition_zero_order import ZERO_ORDER_ROWS
@@ -337,7 +338,7 @@ def _():
     return operator, (f64(0.5, -0.4, 0.8), f64(1.3)[0]), reference, None
 
 
-ROWS |= OPTIMIZER_ROWS | FUSED_ROWS | LINALG_ROWS | SOLVER_ROWS | CONVEX_ROWS | ZERO_ORDER_ROWS
+ROWS |= OPTIMIZER_ROWS | FUSED_ROWS | LINALG_ROWS | SOLVER_ROWS | CONVEX_ROWS | META_ROWS | ZERO_ORDER_ROWS
 
 
 # One row of each mechanism is checked whole in every run, the others by cells that nest the rest; `make test-slow`
