@@ -57,7 +57,7 @@ def task_batch(
             `(None, 0)` for `fn(params, task)` with shared initial parameters, `(0, 0)` for parameters of each task.
         chunk_size: The most tasks at a time; None runs all at once.
         reduce: From the results of all tasks, stacked in the first dimension, to what is returned; None returns them as
-            they are. Where tasks are spread over ranks, the place to sum and count over ranks.
+            they are. Where tasks are spread over ranks, whose gradients are then summed: `lambda v: v.sum() / total`.
 
     Returns:
         A function of the arguments of `fn`.
