@@ -243,8 +243,8 @@ class _Equation:
         if before is not None and not torch.equal(before, _random_state(x[0])):
             name = "objective" if self.uses_objective else "optimality"
             raise ValueError(
-                f"`{name}` draws random numbers, as dropout does, so that no solution satisfies it twice: call .eval() of "
-                "such modules, or draw once, before `solve`."
+                f"`{name}` draws random numbers, as dropout does, so that no solution satisfies it twice: call .eval() "
+                "of such modules, or draw once, before `solve`."
             )
         return found
 
