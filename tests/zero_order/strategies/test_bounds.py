@@ -61,6 +61,7 @@ def test_a_linear_function_ends_in_the_corner(make):
     torch.testing.assert_close(found.params, tensor([-1.0, 2.0, -1.0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [cma_es, xnes])
 def test_a_ridge_that_leaves_the_box(make):
     """The covariance is narrow, and half of what it draws lies outside."""

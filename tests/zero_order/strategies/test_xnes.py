@@ -48,7 +48,7 @@ def test_the_search_turns_with_the_space():
 @pytest.mark.parametrize(
     ("f", "size", "evaluations"),
     [
-        (sphere, 10, 7000),
+        pytest.param(sphere, 10, 7000, marks=pytest.mark.slow),
         pytest.param(ellipsoid, 10, 11000, marks=pytest.mark.slow),
         pytest.param(rosenbrock, 10, 14000, marks=pytest.mark.slow),
     ],
