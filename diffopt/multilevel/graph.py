@@ -57,11 +57,12 @@ class Metrics(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """One entry of the schedule: a level takes a step, perhaps the first of a block, or goes back to its start."""
+    """One entry of the schedule: a level takes a step, perhaps the first of a block or the last, or goes back."""
 
     name: str
     first: bool = False
     back: bool = False
+    last: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,8 +139,12 @@ class Graph:
         for turn in self.schedule:
             if turn.back:
                 run.roll_back(turn.name)
-            else:
-                metrics[turn.name] = run.step(turn.name, turn.first)
+                continue
+            if turn.first:
+                run.begin(turn.name)
+            seen = run.step(turn.name, measured=turn.last)
+            if seen is not None:
+                metrics[turn.name] = seen
         return run.state(), metrics
 
     def hypergrad(self, name: str) -> Callable[..., tuple[Tree, dict[str, Report]]]:
@@ -217,26 +222,23 @@ class _Run:
     def roll_back(self, name: str) -> None:
         self.params[name], self.optimizers[name], _ = self.blocks[name]
 
-    def step(self, name: str, first: bool) -> Metrics:
-        """One step of a level."""
+    def step(self, name: str, *, measured: bool) -> Metrics | None:
+        """One step of a level, and what it saw if that is asked for."""
         level, count = self.program.levels[name], self.before.updates
-        if first:
-            self.begin(name)
         if name in self.given:
             self.batches[name] = _one(self.given[name], self.position[name])
         self.position[name] += 1
         waiting = count < level.warmup if level.warmup else None
         if waiting is not None and not torch.compiler.is_compiling() and not transforms_active() and bool(waiting):
             nan = torch.full((), torch.nan, device=count.device)
-            return Metrics(nan, nan, {})
+            return Metrics(nan, nan, {}) if measured else None
         scale = self.scales[name]
         loss, gradient, methods, reports = total_gradient(
             self.program, name, self.moment(), scale.scale if scale else None
         )
-        size = tree.norm(gradient)
         params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name])
         if scale:
-            finite = size.isfinite()
+            finite = tree.norm(gradient).isfinite()
             self.scales[name] = next_scale(scale, finite)
             params = tree.where(finite, params, self.params[name])
             optimizer = tree.where(finite, optimizer, self.optimizers[name])
@@ -245,7 +247,7 @@ class _Run:
             optimizer = tree.where(waiting, self.optimizers[name], optimizer)
         self.params[name], self.optimizers[name] = params, optimizer
         self.methods.update(methods)
-        return Metrics(loss, size, reports)
+        return Metrics(loss, tree.norm(gradient), reports) if measured else None
 
 
 def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
@@ -285,7 +287,9 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
         Choe et al. (2023), Betty: an automatic differentiation library for multilevel optimization, section 3.
     """
     program = Program(dict(levels), topology(levels, edges))
-    return Graph(program, tuple(_turns(program, program.shape.roots)))
+    turns = _turns(program, program.shape.roots)
+    last = {turn.name: i for i, turn in enumerate(turns) if not turn.back}
+    return Graph(program, tuple(turn._replace(last=last[turn.name] == i) for i, turn in enumerate(turns)))
 
 
 def _turns(program: Program, names: Sequence[str]) -> list[_Turn]:

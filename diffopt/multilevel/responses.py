@@ -128,22 +128,24 @@ def moved(program: Program, name: str, gradient: Tree, optimizer: Any, params: T
 def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: Tensor | None):
     """The loss, and its gradients in the members of the family, under autocast if the level says so."""
 
+    def value(batch: Any, *values: Tree) -> Tensor:
+        known = dict(zip(family, values, strict=True))
+        reads = [known[read] if read in known else moment.params[read] for read in level.reads]
+        with autocast(level.precision, known[name]):
+            return level.loss(known[name], *reads, batch)
+
+    def scaled(batch: Any, *values: Tree) -> tuple[Tensor, Tensor]:
+        loss = value(batch, *values)
+        return loss * factor, loss.detach() / level.accumulate
+
+    batch, at = moment.batches.get(name), [moment.params[member] for member in family]
+    argnums = tuple(range(1, 1 + len(family)))
+    if level.accumulate == 1 and scale is None:
+        return value_and_grad(value, argnums)(batch, *at)
     factor = 1 / level.accumulate if scale is None else scale / level.accumulate
-
-    def of_batch(batch: Any) -> tuple[Tensor, tuple[Tree, ...]]:
-        def scaled(*values: Tree) -> tuple[Tensor, Tensor]:
-            known = dict(zip(family, values, strict=True))
-            reads = [known[read] if read in known else moment.params[read] for read in level.reads]
-            with autocast(level.precision, known[name]):
-                loss = level.loss(known[name], *reads, batch)
-            return loss * factor, loss.detach() / level.accumulate
-
-        differentiate = value_and_grad(scaled, argnums=tuple(range(len(family))), has_aux=True)
-        (_, loss), slopes = differentiate(*(moment.params[member] for member in family))
-        return loss, slopes
-
-    first, *rest = (of_batch(batch) for batch in _micro_batches(level, moment.batches.get(name)))
-    loss, slopes = functools.reduce(tree.add, rest, first)
+    differentiate = value_and_grad(scaled, argnums, has_aux=True)
+    found = [differentiate(part, *at) for part in _micro_batches(level, batch)]
+    loss, slopes = functools.reduce(tree.add, [(loss, slopes) for (_, loss), slopes in found])
     return loss, slopes if scale is None else tree.map(lambda g: g / scale, slopes)
 
 
