@@ -2,8 +2,8 @@ r"""Normalization layers whose second derivatives are right under `vmap`.
 
 .. math:: \text{norm}(x, w, b) = \text{norm}(x, 1, 0) \cdot w + b
 
-The gradient of `layer_norm`, `batch_norm` and `instance_norm` with weights, taken under `torch.func.vmap`, has a wrong
-derivative (pytorch/functorch#534, torch 2.13): just that of an inner step. Without weights, theirs is right.
+The gradient of `layer_norm`, `batch_norm` and `instance_norm` in inputs and weights, taken under `torch.func.vmap`, has
+a wrong derivative (pytorch/functorch#534, torch 2.13): just that of an inner step. Without weights, theirs is right.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def sound_norms(stateful: bool) -> contextlib.AbstractContextManager:
 
 
 class _SoundNorms(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
