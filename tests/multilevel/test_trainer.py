@@ -1,0 +1,351 @@
+"""Training runs: what the loop adds to `Graph.update`, files that outlive a kill, and updates that are not finite."""
+
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from diffopt import random, tree
+from diffopt.linalg import CG
+from diffopt.multilevel import (
+    Edge,
+    FiniteDifference,
+    Implicit,
+    Level,
+    NotFiniteError,
+    PerStep,
+    graph,
+    load,
+    log_to_tensorboard,
+    minibatches,
+    save,
+    train,
+)
+from diffopt.multilevel.sources import Sources
+from diffopt.optimizers import adam, sgd
+
+DATA = random.normal(random.key(1), (12, 2), dtype=torch.float64)
+
+
+def program(method=None, steps=3, **options):
+    levels = {
+        "a": Level(lambda a, b, x: ((b - 2.0) ** 2).mean() + 0 * a.sum(), adam(0.1), reads=("b",)),
+        "b": Level(lambda b, a, x: ((b - a - x) ** 2).mean(), sgd(0.3), reads=("a",), steps=steps, **options),
+    }
+    two = graph(levels, [Edge("a", "b", method or Implicit(CG(max_steps=2)))])
+    values = {"a": torch.full((2,), 0.5, dtype=torch.float64), "b": torch.full((2,), 1.0, dtype=torch.float64)}
+    return two, two.init(random.key(0), values)
+
+
+def same(found, want):
+    pairs = zip(tree.leaves(found), tree.leaves(want), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def poisoned(bad, level="b"):
+    """The batches of a function of the update, NaN for one level in some updates."""
+
+    def batches(update):
+        spoiled = {level: torch.nan} if update in bad else {}
+        return {name: DATA[update % 12] * spoiled.get(name, 1.0) for name in "ab"}
+
+    return batches
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loop_is_the_updates_one_by_one(accumulate):
+    two, state = program(accumulate=accumulate)
+    batch = minibatches(random.key(2), DATA, 4)
+    want = state
+    for update in range(5):
+        rows = torch.stack([batch(3 * accumulate * update + i) for i in range(3 * accumulate)])
+        rows = rows.reshape(3, accumulate, 4, 2) if accumulate > 1 else rows
+        want, _ = two.update(want, {"b": PerStep(rows), "a": DATA[update]})
+    sources = {"b": batch, "a": lambda i: DATA[i]}
+    assert same(train(two, state, sources, updates=5, quiet=True).state, want)
+    assert state.updates == 0
+
+
+def test_iterables_begin_anew_where_they_end():
+    two, state = program()
+    found = train(two, state, {"b": list(DATA[:4]), "a": list(DATA[:2])}, updates=4, quiet=True)
+    sources = {"b": lambda i: DATA[i % 4], "a": lambda i: DATA[i % 2]}
+    assert same(found.state, train(two, state, sources, updates=4, quiet=True).state)
+    with pytest.raises(ValueError, match="the iterable of 'b' has no batches left"):
+        train(two, state, {"b": iter(DATA[:4]), "a": lambda i: DATA[0]}, updates=4, quiet=True)
+
+
+@given(length=st.integers(1, 30), size=st.integers(1, 30), epoch=st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_minibatches_see_each_entry_once_an_epoch(length, size, epoch):
+    if size > length:
+        with pytest.raises(ValueError, match="size must be an int between 1 and"):
+            minibatches(random.key(0), torch.arange(length), size)
+        return
+    batch, count = minibatches(random.key(0), {"x": torch.arange(length)}, size), length // size
+    seen = torch.cat([batch(epoch * count + i)["x"] for i in range(count)])
+    assert len(seen.unique()) == len(seen) == count * size
+    assert torch.equal(batch(epoch * count)["x"], seen[:size])  # also when asked again, later
+
+
+def test_averages_follow_the_parameters():
+    two, state = program()
+    want = state.params["b"]
+    for update in range(1, 6):
+        want = 0.8 * want + 0.2 * train(two, state, poisoned(()), updates=update, quiet=True).state.params["b"]
+    found = train(two, state, poisoned(()), updates=5, average={"b": 0.8}, quiet=True)
+    assert_close(found.average, {"b": want})
+
+
+def test_validation_keeps_the_best_and_stops():
+    two, state = program()
+    scores = iter([3.0, 1.0, 2.0, torch.tensor(1.5), 0.5])
+    seen, logged = [], []
+
+    def validate(trained):
+        seen.append(trained.state.params)
+        return next(scores)
+
+    found = train(
+        two, state, poisoned(()), updates=100, validate=validate, validate_every=2, patience=2, quiet=True,
+        log=lambda update, values: logged.append((update, values["validation"])), log_every=2,
+    )  # fmt: skip
+    assert found.state.updates == 8
+    assert found.score == 1.0
+    assert same(found.best, seen[1])
+    assert logged == [(2, 3.0), (4, 1.0), (6, 2.0), (8, 1.5)]
+
+
+def test_what_is_logged():
+    two, state = program()
+    _, metrics = two.update(train(two, state, poisoned(()), updates=3, quiet=True).state, poisoned(())(3))
+    logged = {}
+    train(two, state, poisoned(()), updates=6, log=logged.__setitem__, log_every=2, quiet=True)
+    assert set(logged) == {2, 4, 6}
+    assert set(logged[4]) == {
+        "a/loss", "a/gradient_norm", "a/b/residual", "a/b/error", "b/loss", "b/gradient_norm",
+    }  # fmt: skip
+    assert logged[4]["a/loss"] == metrics["a"].loss.item()
+    two, state = program(FiniteDifference())
+    train(two, state, poisoned(()), updates=1, log=logged.__setitem__, log_every=1, quiet=True)
+    assert "a/b/residual" not in logged[1]  # no system is solved
+
+
+def test_progress_is_shown_or_not(capsys):
+    two, state = program()
+    train(two, state, poisoned(()), updates=10, quiet=True)
+    assert capsys.readouterr().err == ""
+    train(two, state, poisoned(()), updates=10)
+    assert "10/10" in (said := capsys.readouterr().err)
+    assert "a/loss" in said
+
+
+def test_tensorboard(monkeypatch, tmp_path):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    log_to_tensorboard(tmp_path)(3, {"a/loss": 0.5})
+    assert written == [str(tmp_path), ("a/loss", 0.5, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        log_to_tensorboard(tmp_path)
+
+
+@pytest.mark.parametrize("level", ["a", "b"])
+def test_raise_keeps_the_last_state(level, tmp_path):
+    """NaN in the batch of either level: the state before is in the error and in the file."""
+    two, state = program()
+    if level == "a":
+        levels = dict(two.program.levels)
+        levels["a"] = Level(lambda a, b, x: ((b - x) ** 2).mean(), adam(0.1), reads=("b",))
+        two = graph(levels, [Edge("a", "b")])
+        state = two.init(random.key(0), state.params)
+    before = train(two, state, poisoned({4}, level), updates=4, average={"b": 0.5}, quiet=True)
+    file = tmp_path / "run.pt"
+    options = {"average": {"b": 0.5}, "checkpoint": file, "quiet": True}
+    with pytest.raises(NotFiniteError, match=f"update 4 gave numbers that are not finite in .*'{level}'") as caught:
+        train(two, state, poisoned({4}, level), updates=9, **options)
+    assert same(caught.value.trained, before)
+    assert same(load(file, before)[0], before)
+    assert same(pickle.loads(pickle.dumps(caught.value)).trained, before)
+    on = train(two, state, poisoned({4}, level), updates=9, resume=True, on_nan="skip", **options)
+    assert same(on, train(two, state, poisoned({4}, level), updates=9, average={"b": 0.5}, on_nan="skip", quiet=True))
+
+
+def test_skip_leaves_the_update_out():
+    two, state = program()
+    found = train(two, state, poisoned({2, 5}), updates=8, on_nan="skip", quiet=True)
+    want = state
+    for update in (0, 1, 3, 4, 6, 7):
+        want, _ = two.update(want, poisoned(())(update))
+    assert same(found.state, want._replace(updates=found.state.updates))
+    assert (found.faults, found.state.updates, found.faults_in_a_row) == (2, 8, 0)
+
+
+@pytest.mark.parametrize("file", [None, "run.pt"])
+def test_rollback_goes_to_the_last_save_and_on_with_the_next_batches(file, tmp_path):
+    two, state = program()
+    checkpoint = file and tmp_path / file
+    found = train(two, state, poisoned({5}), updates=8, on_nan="rollback", save_every=3, checkpoint=checkpoint,
+                  quiet=True)  # fmt: skip
+    want = state
+    for update in (0, 1, 2, 6, 7):
+        want, _ = two.update(want, poisoned(())(update))
+    assert same(found.state, want._replace(updates=found.state.updates))
+    assert (found.faults, found.state.updates) == (1, 8)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_that_is_never_finite_raises(policy):
+    two, state = program()
+    with pytest.raises(NotFiniteError, match="update 12 "):
+        train(two, state, poisoned(set(range(3, 99))), updates=99, on_nan=policy, quiet=True)
+
+
+def test_a_level_that_waits_is_no_fault():
+    two, state = program(warmup=2)
+    assert train(two, state, poisoned(()), updates=4, quiet=True).faults == 0
+
+
+def test_a_gradient_that_the_scale_skips_is_no_fault():
+    alone = graph({"w": Level(lambda w, batch: 1e34 * (w**2).sum(), sgd(1e-40), precision=torch.float16)})
+    state = alone.init(random.key(0), {"w": torch.full((3,), 2.0)})
+    found = train(alone, state, updates=3, quiet=True)
+    assert found.faults == 0
+    assert found.state.scales["w"].scale < state.scales["w"].scale
+
+
+def test_a_file_is_whole_and_small(tmp_path):
+    file, big = tmp_path / "state.pt", torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    save(file, {"w": big[:5], "v": big[::50_000].requires_grad_()}, extra={"a": [1, 2.0, None, "b"]})
+    assert file.stat().st_size < 10_000
+    found, extra = load(file, {"w": torch.zeros(5), "v": torch.zeros(2)})
+    assert same(found, {"w": big[:5], "v": big[::50_000]})
+    assert extra == {"a": [1, 2.0, None, "b"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path):
+    file = tmp_path / "state.pt"
+    save(file, {"w": torch.ones(2)})
+
+    def full(descriptor):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save(file, {"w": torch.zeros(2)})
+    assert load(file, {"w": torch.zeros(2)})[0]["w"].tolist() == [1.0, 1.0]
+
+
+def test_files_that_do_not_fit(tmp_path):
+    file = tmp_path / "state.pt"
+    save(file, {"w": torch.ones(2), "b": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"another program: they differ in \['b'\]"):
+        load(file, {"w": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"\['w'\] of shape \(2,\)"):
+        load(file, {"w": torch.ones(3), "b": torch.ones(1)})
+    torch.save([1], file)
+    with pytest.raises(ValueError, match="holds no state"):
+        load(file, {"w": torch.ones(2)})
+    with pytest.raises(TypeError, match=r"extra\['f'\]\[0\] must be made of tensors"):
+        save(file, {}, extra={"f": [print]})
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        save(tmp_path / "none" / "state.pt", {})
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    two, state = program()
+    file, batch = tmp_path / "run.pt", minibatches(random.key(2), DATA, 4)
+    options = {"checkpoint": file, "quiet": True, "average": {"b": 0.5}}
+    sources = {"b": batch, "a": lambda i: DATA[i % 12]}
+    train(two, state, sources, updates=4, **options)
+    with pytest.raises(FileExistsError, match="go on with it by resume=True"):
+        train(two, state, sources, updates=9, **options)
+    found = train(two, state, sources, updates=9, resume=True, **options)
+    assert same(found, train(two, state, sources, updates=9, average={"b": 0.5}, quiet=True))
+    assert same(train(two, state, sources, updates=9, resume=True, **options), found)  # done already
+    with pytest.raises(ValueError, match="another program"):
+        train(two, state, sources, updates=9, checkpoint=file, resume=True, quiet=True)
+
+
+def test_an_interrupt_saves(tmp_path):
+    two, state = program()
+    file = tmp_path / "run.pt"
+
+    def batches(update):
+        if update == 5:
+            raise KeyboardInterrupt
+        return poisoned(())(update)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(two, state, batches, updates=9, checkpoint=file, quiet=True)
+    found = train(two, state, poisoned(()), updates=9, checkpoint=file, resume=True, quiet=True)
+    assert same(found, train(two, state, poisoned(()), updates=9, quiet=True))
+
+
+def killed(folder, kills):
+    script = Path(__file__).with_name("killed_runs.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(folder), str(kills)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout.split()[0]) == kills
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_a_run_that_is_killed_twice_ends_the_same_bit_by_bit(tmp_path):
+    killed(tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_a_run_that_is_killed_20_times_ends_the_same_bit_by_bit(tmp_path):
+    killed(tmp_path, 20)
+
+
+def test_options_are_checked():
+    two, state = program()
+    cases = [
+        ({"validate_every": 0}, "validate_every must be a positive int"),
+        ({"save_every": 1.5}, "save_every must be a positive int"),
+        ({"patience": 2}, "needs validate"),
+        ({"on_nan": "ignore"}, "on_nan must be"),
+        ({"average": {"c": 0.5}}, "no level 'c' to average"),
+        ({"average": {"a": 1.0}}, r"in \[0, 1\)"),
+        ({"batches": {"c": list(DATA)}}, "batches for 'c', which is no level"),
+        ({"validate": lambda trained: DATA, "validate_every": 1}, "validate must give one number"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train(two, state, **{"batches": poisoned(()), "updates": 2, "quiet": True} | options)
+    for batches, message in [
+        ({"b": DATA}, "batches=lambda update"),
+        ({"b": dict}, "are a class"),
+        (3, "a function of the update, or a mapping"),
+        ({"b": [1, 2]}, "a batch of a level with several steps"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            train(two, state, batches, updates=2, quiet=True)
+    with pytest.raises(TypeError, match="with state_dict"):
+        Sources({"b": [DATA]}, two, lasting=True)
+    with pytest.raises(TypeError, match="must be a GraphState"):
+        train(two, {}, updates=2)
