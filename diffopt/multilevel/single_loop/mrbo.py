@@ -1,0 +1,141 @@
+r"""MRBO: one inner and one outer step along recursive means of gradients."""
+
+import dataclasses
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
+from diffopt.multilevel.single_loop.protocol import (
+    Draws,
+    check_count,
+    check_state,
+    check_step_sizes,
+    check_weight,
+    current,
+    open_batches,
+    start,
+)
+from diffopt.multilevel.single_loop.series import recursive_mean, series_gradient, summed_series
+from diffopt.typing import Numeric, Schedule, Tree
+
+__all__ = ["MRBO", "MRBOState"]
+
+
+class MRBOState(NamedTuple):
+    """The state of `MRBO`.
+
+    Attributes:
+        z: The inner variable, a tree.
+        x: The outer variable, a tree.
+        last_z: The inner variable before the last step.
+        last_x: The outer variable before the last step.
+        inner_mean: The mean of inner gradients, a tree like `z`.
+        outer_mean: The mean of hypergradients, a tree like `x`.
+        count: The steps taken, an int64 0-d tensor.
+    """
+
+    z: Tree
+    x: Tree
+    last_z: Tree
+    last_x: Tree
+    inner_mean: Tree
+    outer_mean: Tree
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MRBO:
+    r"""Step along means of gradients that follow the point, the hypergradient by a Neumann series.
+
+    .. math::
+        u_t &= \nabla_1 G_I(z_t, x_t) + (1 - \beta_t) \big(u_{t-1} - \nabla_1 G_I(z_{t-1}, x_{t-1})\big), &
+        z_{t+1} &= z_t - \lambda_t u_t \\
+        w_t &= \hat\nabla h(z_t, x_t) + (1 - \alpha_t) \big(w_{t-1} - \hat\nabla h(z_{t-1}, x_{t-1})\big), &
+        x_{t+1} &= x_t - \gamma_t w_t
+
+    with the estimate :math:`\hat\nabla h` of `StocBiO`, both times on the same batches. The paper takes steps in
+    proportion to :math:`\eta_t = d / (m + t)^{1/3}`, and weights to :math:`\eta_{t-1}^2`.
+
+    Args:
+        inner_step_size: The step :math:`\lambda`, above 0: a number, a 0-d tensor or a schedule, like all five.
+        outer_step_size: The step :math:`\gamma`.
+        linear_step_size: The factor of the series, below 2 over the largest eigenvalue of the Hessians of batches.
+        inner_weight: The weight :math:`\beta`, in (0, 1]; with 1 there is no memory.
+        outer_weight: The weight :math:`\alpha`, likewise.
+        series_steps: The number of products of the series.
+
+    Raises:
+        TypeError: If a hyperparameter is neither a number, nor a floating-point tensor, nor a function, or a number of
+            steps not an int.
+        ValueError: If a number is out of range, or a tensor has dimensions.
+
+    Example:
+        >>> import torch
+        >>> from diffopt.multilevel.single_loop import BilevelProblem
+        >>> inner = lambda z, x, batch: ((z - x - batch) ** 2).mean() / 2  # z* = x + mean of the data
+        >>> outer = lambda z, x, batch: ((z - batch) ** 2).mean() / 2
+        >>> problem = BilevelProblem(inner, outer, torch.tensor([1.0, 3.0]), torch.tensor([5.0]))
+        >>> method = MRBO(0.5, 0.5, linear_step_size=0.5, series_steps=8)
+        >>> state = method.init(problem, torch.tensor(0.0), torch.tensor(0.0))
+        >>> for _ in range(40):
+        ...     state = method.step(problem, state, torch.tensor([0, 1]), torch.tensor([0]))
+        >>> f"{state.x:.2f}"
+        '3.00'
+
+    References:
+        Yang, Ji and Liang (2021), Provably faster algorithms for bilevel optimization, algorithm 1.
+    """
+
+    inner_step_size: Numeric | Schedule
+    outer_step_size: Numeric | Schedule
+    _: dataclasses.KW_ONLY
+    linear_step_size: Numeric | Schedule
+    inner_weight: Numeric | Schedule = 0.5
+    outer_weight: Numeric | Schedule = 0.5
+    series_steps: int = 10
+
+    def __post_init__(self):
+        check_step_sizes(
+            inner_step_size=self.inner_step_size,
+            outer_step_size=self.outer_step_size,
+            linear_step_size=self.linear_step_size,
+        )
+        check_weight("inner_weight", self.inner_weight)
+        check_weight("outer_weight", self.outer_weight)
+        check_count("series_steps", self.series_steps)
+
+    @property
+    def draws(self) -> Draws:
+        """A batch for the inner step, each product and the cross derivative, and one of the outer problem."""
+        return Draws(self.series_steps + 2, 1)
+
+    def init(self, problem: BilevelProblem, z: Tree, x: Tree) -> MRBOState:
+        """The state at the start, whose means the first step replaces."""
+        count = start(problem, z, x)
+        return MRBOState(z, x, z, x, tree.zeros_like(z), tree.zeros_like(x), count)
+
+    def step(self, problem: BilevelProblem, state: MRBOState, inner_batch: Tensor, outer_batch: Tensor) -> MRBOState:
+        """The state after one step on batches of indices."""
+        check_state(state, MRBOState)
+        (first, *others), (j,) = open_batches(problem, self.draws, inner_batch, outer_batch)
+        products, z, x = products_of(problem, state.z, state.x)
+        last = tree.ravel(state.last_z)[0], tree.ravel(state.last_x)[0]
+        count = state.count
+        eta = current(self.linear_step_size, count, z, "linear_step_size")
+
+        def hypergradient(z: Tensor, x: Tensor) -> Tensor:
+            outer_z, outer_x = products.outer(z, x, j)
+            v = summed_series(products, z, x, outer_z, eta, others[:-1])
+            return series_gradient(products, z, x, v, outer_x, others[-1])
+
+        u, w = tree.ravel(state.inner_mean)[0], tree.ravel(state.outer_mean)[0]
+        weight = current(self.inner_weight, count, z, "inner_weight")
+        u = recursive_mean(products.inner_z(z, x, first), products.inner_z(*last, first), u, weight, count)
+        weight = current(self.outer_weight, count, x, "outer_weight")
+        w = recursive_mean(hypergradient(z, x), hypergradient(*last), w, weight, count)
+        z = z - current(self.inner_step_size, count, z, "inner_step_size") * u
+        x = x - current(self.outer_step_size, count, x, "outer_step_size") * w
+        now, means = (products.unravel_z(z), products.unravel_x(x)), (products.unravel_z(u), products.unravel_x(w))
+        return MRBOState(*now, state.z, state.x, *means, count + 1)
