@@ -7,12 +7,14 @@ level is optimized over the best response of another, and how that response is d
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from diffopt.autodiff import value_and_grad
 from diffopt.implicit.adjoints import Adjoint, Implicit
 from diffopt.transforms import GradientTransformation
 from diffopt.typing import Tree
@@ -89,6 +91,16 @@ class Level:
             raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16; got {self.precision!r}")
         if isinstance(self.clip, (int, float)) and not self.clip > 0:
             raise ValueError(f"clip must be positive; got {self.clip!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether a gradient is one call of the loss in the parameters' own dtype."""
+        return self.accumulate == 1 and self.precision is None
+
+    @functools.cached_property
+    def value_and_grad(self) -> Callable[..., tuple[Tensor, Tree]]:
+        """The loss and its gradient in the level's own parameters, with what it reads as it is."""
+        return value_and_grad(self.loss)
 
     def __repr__(self) -> str:
         return f"Level(reads={self.reads}, steps={self.steps}, start={self.start!r})"

@@ -98,6 +98,11 @@ def total_gradient(
         The loss, its gradient, the new states of the methods that it used, and reports by lower level.
     """
     level, shape = program.levels[name], program.shape
+    if not shape.groups[name] and level.plain and scale is None:
+        loss, gradient = level.value_and_grad(
+            moment.params[name], *(moment.params[read] for read in level.reads), moment.batches.get(name)
+        )
+        return loss, gradient, {}, {}
     family = [name, *(read for read in level.reads if read in shape.below[name])]
     loss, slopes = _slopes(level, name, family, moment, scale)
     cotangents = dict(zip(family, slopes, strict=True))
