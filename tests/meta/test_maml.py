@@ -309,7 +309,7 @@ def check_compiled(problem, inner, backend):
     assert_trees_close(got, slope(torch.tensor(0.1), params, tasks), rtol=1e-3, atol=1e-5)
 
 
-QUICK = {("functional", "adam"), ("conv", "sgd")}  # each takes seconds
+QUICK = {("mlp", "adam")}  # each takes seconds
 COMPILED = [
     pytest.param(problem, inner, marks=[] if (problem, inner) in QUICK else pytest.mark.slow)
     for problem in PROBLEMS
