@@ -162,7 +162,11 @@ def _is_int(value: Any) -> bool:
 def _length(xs, length):
     sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in optree.tree_leaves(xs)}
     if None in sizes or len(sizes) > 1:
-        raise ValueError(f"xs must be a tree of tensors that share their first dimension; got {sizes}")
+        got = "leaves without one" if None in sizes else f"{sizes}"
+        raise ValueError(
+            f"xs must be a tree of tensors that share their first dimension; got {got}. For a number of steps alone, "
+            f"write length="
+        )
     size = sizes.pop() if sizes else length
     if length is not None and not _is_int(length):
         raise TypeError(f"length must be an int; got {length!r}")

@@ -265,7 +265,8 @@ class OneStep:
         step_size: :math:`\eta`. The default is for fixed points, and for projections and proximal operators with a
             smooth part of curvature about 1. Of `root` and `minimize` the equation is as you scaled it: give
             :math:`1 / L` for a minimizer of curvature up to `L`, or :math:`2 / (L + m)` for one between `m` and `L`,
-            or the error is no smaller than the derivative.
+            or the error is no smaller than the derivative. Not for `equality` and `inequality`: a step of their
+            equation does not contract, and the derivative of the unknowns in a parameter of a constraint is 0.
 
     References:
         Bolte, Pauwels and Vaiter (2023), One-step differentiation of iterative algorithms, eq. 4.

@@ -86,8 +86,16 @@ class Diagnosis(NamedTuple):
             return "the Jacobian is singular: the solution is not a function of the arguments. Regularize the problem"
         if self.trustworthy:
             return "the gradient can be trusted"
-        if self.solution_error >= self.adjoint_error:
-            return "the solution is too inexact: lower its tolerances, or raise max_steps"
+        if not self.solution_error < self.adjoint_error:  # NaN, too
+            return (
+                "the solution is too inexact: lower its tolerances, or raise max_steps. If it did converge, this is "
+                "not its equation"
+            )
+        if self.adjoint_residual <= 1e3 * torch.finfo(self.adjoint_residual.dtype).eps:
+            return (
+                "only rounding is left of the errors, but the gradient is no larger: it is zero, or the Jacobian too "
+                "ill-conditioned for the dtype"
+            )
         return "the adjoint solve is too inexact: lower its tolerance, or precondition it"
 
 
@@ -108,10 +116,12 @@ def diagnose(
 
     Args:
         equation: What the solution satisfies, an `Equation` or its function `F(x, *args)`. Of `root` that is its own
-            function; of `minimize` it is `stationarity_map(fn)`, with `prox` `proximal_map(fn, prox)`, with
-            `projection` `projected_map(fn, projection)`, and with constraints `kkt_map(fn, equality, inequality)` of
-            the point `KKT(solution.value, *solution.dual)`.
-        x: The solution, as found.
+            function, of `fixed_point` `fixed_point_map(fn)`; of `minimize` it is `stationarity_map(fn)`, with `prox`
+            `proximal_map(fn, prox)`, with `projection` `projected_map(fn, projection)`, with `bounds` the same of
+            `lambda x: projection_box(x, lower, upper)`, and with constraints `kkt_map(fn, equality, inequality)` of
+            the point `KKT(solution.value, *solution.dual)`; of `least_squares` it is that of `minimize` for half the
+            sum of squares.
+        x: The solution, as found: `solution.value`.
         args: The arguments of the equation, in which the gradient is taken.
         cotangent: The gradient of the outer loss in the solution, a tree like `x`, or the function of `x` that it is:
             then its change with `x` is part of the error.

@@ -173,6 +173,10 @@ def flattened(solver, operator: LinearOperator):
     M = solver.preconditioner
     if M is None or isinstance(M, FlatPreconditioner):
         return solver
+    if not isinstance(M, LinearOperator) and not callable(M):
+        raise TypeError(
+            f"a preconditioner must be an operator, such as matrix_operator(M), or a function; got {type(M).__name__}"
+        )
     if isinstance(M, LinearOperator) and M.shape != operator.shape:
         raise ValueError(f"the preconditioner must have shape {operator.shape}; got {M.shape}")
     return dataclasses.replace(solver, preconditioner=FlatPreconditioner(M, operator.codomain.unravel))

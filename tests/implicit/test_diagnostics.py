@@ -108,6 +108,16 @@ def test_it_reads_well():
     assert "the adjoint solve is too inexact" in str(diagnose(RIDGE, w, args, v, CG(max_steps=1)))
 
 
+def test_the_verdict_blames_neither_the_adjoint_for_rounding_nor_for_a_wrong_equation():
+    args, w = ridge()
+    X, a = args[1][:6], torch.linspace(-2, 1, 6, dtype=F64)
+    flat = diagnose(lambda x, a: X @ (x - a.softmax(0)), a.softmax(0), (a,), torch.ones_like(a))  # of sum 1, always
+    assert flat.gradient_norm < 1e-13
+    assert "it is zero" in str(flat)
+    found = diagnose(RIDGE, w, args, torch.ones_like(w))._replace(solution_error=torch.tensor(torch.nan, dtype=F64))
+    assert "this is not its equation" in str(found)
+
+
 def test_trees_and_kkt_points():
     objective, constraint = lambda x, a: (x["p"] ** 2).sum() + x["q"] ** 2, lambda x, a: x["p"].sum() + x["q"] - a
     point = KKT({"p": torch.ones(2, dtype=F64), "q": torch.tensor(1.0, dtype=F64)}, torch.tensor(-2.0, dtype=F64))

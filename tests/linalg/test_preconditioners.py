@@ -151,3 +151,6 @@ def test_what_is_no_operator_is_refused():
         jacobi(torch.eye(2))
     with pytest.raises(TypeError, match="needs float32 or float64"):
         block_jacobi(matrix_operator(torch.eye(2, dtype=torch.bfloat16)), 2)
+    A = matrix_operator(torch.eye(2), tags=["positive_definite"])
+    with pytest.raises(TypeError, match="a preconditioner must be an operator, such as matrix_operator"):
+        linear_solve(A, torch.ones(2), CG(preconditioner=torch.eye(2)))
