@@ -192,6 +192,8 @@ class Unrolled:
     Right also where the solver did not converge; without `truncate`, the start carries gradient, too. Choices that the
     steps make (step sizes found by halving, when to stop) are constants. It is the derivative of the steps taken and no
     more: where the start already is a solution, that is none. So start away from it, or take `truncate` or `Implicit`.
+    Derivatives of steps may grow while the iterates converge: through many steps of `LBFGS`, `NonlinearCG` or `Aitken`
+    they are often of no use, where those of `NewtonCG` or `GradientDescent` are.
 
     Args:
         checkpoint: None stores every step; "sqrt", "log" or an int store fewer carries and compute steps again, as in
