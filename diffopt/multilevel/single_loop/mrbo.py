@@ -77,9 +77,9 @@ class MRBO:
         >>> inner = lambda z, x, batch: ((z - x - batch) ** 2).mean() / 2  # z* = x + mean of the data
         >>> outer = lambda z, x, batch: ((z - batch) ** 2).mean() / 2
         >>> problem = BilevelProblem(inner, outer, torch.tensor([1.0, 3.0]), torch.tensor([5.0]))
-        >>> method = MRBO(0.5, 0.5, linear_step_size=0.5, series_steps=8)
+        >>> method = MRBO(0.5, 0.2, linear_step_size=0.5, series_steps=3)
         >>> state = method.init(problem, torch.tensor(0.0), torch.tensor(0.0))
-        >>> for _ in range(40):
+        >>> for _ in range(60):
         ...     state = method.step(problem, state, torch.tensor([0, 1]), torch.tensor([0]))
         >>> f"{state.x:.2f}"
         '3.00'

@@ -89,9 +89,9 @@ def run(
         >>> inner = lambda z, x, batch: ((z - x - batch) ** 2).mean() / 2  # z* = x + mean of the data
         >>> outer = lambda z, x, batch: ((z - batch) ** 2).mean() / 2
         >>> problem = BilevelProblem(inner, outer, torch.tensor([1.0, 3.0]), torch.tensor([5.0, 7.0]))
-        >>> method, key = SABA(0.3, 0.3), torch.tensor([42, 0])
+        >>> method, key = SABA(0.5, 0.2), torch.tensor([42, 0])
         >>> state = method.init(problem, torch.tensor(0.0), torch.tensor(0.0))
-        >>> f"{run(method, problem, state, key, 80, batch_size=2).x:.2f}"
+        >>> f"{run(method, problem, state, key, 100, batch_size=4).x:.2f}"
         '4.00'
     """
     check_count("steps", steps)
