@@ -11,6 +11,7 @@ from composition_convex import CONVEX_ROWS
 from composition_fused import FUSED_ROWS
 from composition_linalg import LINALG_ROWS
 from composition_meta import META_ROWS
+from composition_multilevel import MULTILEVEL_ROWS
 from composition_optimizers import OPTIMIZER_ROWS
 from composition_solvers import SOLVER_ROWS
 from composition_zero_order import ZERO_ORDER_ROWS
@@ -338,7 +339,8 @@ def _():
     return operator, (f64(0.5, -0.4, 0.8), f64(1.3)[0]), reference, None
 
 
-ROWS |= OPTIMIZER_ROWS | FUSED_ROWS | LINALG_ROWS | SOLVER_ROWS | CONVEX_ROWS | META_ROWS | ZERO_ORDER_ROWS
+ROWS |= OPTIMIZER_ROWS | FUSED_ROWS | LINALG_ROWS | SOLVER_ROWS | CONVEX_ROWS
+ROWS |= META_ROWS | MULTILEVEL_ROWS | ZERO_ORDER_ROWS
 
 
 # One row of each mechanism is checked whole in every run, the others by cells that nest the rest; `make test-slow`
