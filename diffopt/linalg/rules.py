@@ -72,7 +72,9 @@ def solve_by_rule(
     if getattr(solver, "truncated", False):  # a finite sum, to be differentiated as what it is
         start = None if init is None else init.detach()
         return _run(problem, solver, operator.bind(*operator.parameters), b, start, operator.tags, alarm)
-    if batched_at_most((*operator.parameters, b)):
+    # compiled code has no iterative solver with a rule, but no rule is needed where no derivative can be asked for
+    compiled_alone = torch.compiler.is_compiling() and not torch.is_grad_enabled() and not problem.traceable(solver)
+    if compiled_alone or batched_at_most((*operator.parameters, b)):
         with torch.no_grad():
             return _run(problem, solver, operator.bind_values(*operator.parameters), b, init, operator.tags, alarm)
     count = len(operator.parameters)

@@ -6,63 +6,20 @@ r"""The program itself: levels and edges, checked, with a pure `update` and the 
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.autodiff import transforms_active
 from diffopt.multilevel.level import Edge, Level
-from diffopt.multilevel.precision import first_scale, next_scale
-from diffopt.multilevel.responses import Block, Moment, PerStep, Program, Report, moved, total_gradient
+from diffopt.multilevel.precision import first_scale
+from diffopt.multilevel.responses import PerStep, Program, Report, total_gradient
 from diffopt.multilevel.topology import topology
+from diffopt.multilevel.update import GraphState, Metrics, Run, Turn, chunks, piece, turns
 from diffopt.typing import Tree
 
-__all__ = ["Graph", "GraphState", "Metrics", "graph"]
-
-
-class GraphState(NamedTuple):
-    """The state of a program, tensors alone: it vmaps, and `torch.save` resumes it exactly.
-
-    Attributes:
-        params: The parameters of each level.
-        optimizers: The state of each level's optimizer.
-        methods: What each method carries along, such as the adjoint where its next solve starts.
-        scales: The loss scale of each level in float16.
-        initial: Where levels with `start="reset"` start.
-        updates: How many there were.
-    """
-
-    params: dict[str, Tree]
-    optimizers: dict[str, Any]
-    methods: dict[tuple[str, str], Any]
-    scales: dict[str, Any]
-    initial: dict[str, Tree]
-    updates: Tensor
-
-
-class Metrics(NamedTuple):
-    """What a level's last step saw; NaN for a level that is warming up.
-
-    Attributes:
-        loss: The loss before the step.
-        gradient_norm: The norm of its gradient before clipping.
-        reports: How far the gradient can be trusted, for each level below.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    reports: dict[str, Report]
-
-
-class _Turn(NamedTuple):
-    """One entry of the schedule: a level takes a step, perhaps the first of a block or the last, or goes back."""
-
-    name: str
-    first: bool = False
-    back: bool = False
-    last: bool = False
+__all__ = ["Graph", "graph"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +32,7 @@ class Graph:
     """
 
     program: Program
-    schedule: tuple[_Turn, ...]
+    schedule: tuple[Turn, ...]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -134,7 +91,7 @@ class Graph:
             ValueError: If a batch belongs to no level, or has the wrong number of steps.
         """
         batches = self._checked(batches)
-        run = _Run(self.program, state, batches)
+        run = Run(self.program, state, batches)
         metrics: dict[str, Metrics] = {}
         for turn in self.schedule:
             if turn.back:
@@ -146,6 +103,44 @@ class Graph:
             if seen is not None:
                 metrics[turn.name] = seen
         return run.state(), metrics
+
+    def compiled(
+        self, chunk: int = 16, *, backend: str = "inductor"
+    ) -> Callable[..., tuple[GraphState, dict[str, Metrics]]]:
+        """`update` in compiled pieces: a level's steps that follow each other, up to `chunk` of them, are one.
+
+        Whole updates may be compiled, too, under `torch.no_grad()`, but then compiling takes time in proportion to the
+        number of steps. The first call compiles, from seconds to a minute a piece. Iterative solvers take all of their
+        `max_steps`, at most 64.
+
+        Args:
+            chunk: The most steps in a piece.
+            backend: As in `torch.compile`.
+
+        Returns:
+            A function like `update`, without derivatives.
+
+        Raises:
+            ValueError: If the chunk is not a positive int.
+        """
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"chunk must be a positive int; got {chunk!r}")
+        parts = chunks(self.schedule, chunk)
+        pieces = {(name, count): piece(self.program, name, count, backend) for name, count, *_ in parts}
+
+        def update(state: GraphState, batches: Mapping[str, Any] | None = None):
+            run = Run(self.program, state, self._checked(batches))
+            metrics: dict[str, Metrics] = {}
+            for name, count, first, back in parts:
+                if back:
+                    run.roll_back(name)
+                    continue
+                if first:
+                    run.begin(name)
+                metrics[name] = run.leap(pieces[name, count], name, count)
+            return run.state(), metrics
+
+        return update
 
     def hypergrad(self, name: str) -> Callable[..., tuple[Tree, dict[str, Report]]]:
         """The function that gives a level's total gradient, where the levels below are taken as solved.
@@ -165,7 +160,7 @@ class Graph:
             raise ValueError(f"there is no level {name!r}; the levels are {sorted(self.program.levels)}")
 
         def hypergradient(state: GraphState, batches: Mapping[str, Any] | None = None):
-            run = _Run(self.program, state, self._checked(batches))
+            run = Run(self.program, state, self._checked(batches))
             for each in self.program.levels:
                 run.begin(each)
             _, gradient, _, reports = total_gradient(self.program, name, run.moment())
@@ -186,68 +181,6 @@ class Graph:
                         f"leading size; got {sorted(sizes)}"
                     )
         return batches
-
-
-class _Run:
-    """An update under way: the state, taken apart."""
-
-    def __init__(self, program: Program, state: GraphState, batches: Mapping[str, Any]):
-        self.program, self.before, self.given = program, state, batches
-        self.params, self.optimizers = dict(state.params), dict(state.optimizers)
-        self.methods, self.scales = dict(state.methods), dict(state.scales)
-        self.blocks: dict[str, Block] = {}
-        self.position = dict.fromkeys(program.levels, 0)
-        self.batches = {name: _one(batch, 0) for name, batch in batches.items()}
-
-    def state(self) -> GraphState:
-        return GraphState(
-            self.params, self.optimizers, self.methods, self.scales, self.before.initial, self.before.updates + 1
-        )
-
-    def moment(self) -> Moment:
-        return Moment(self.params, self.optimizers, self.methods, self.batches, self.blocks)
-
-    def begin(self, name: str) -> None:
-        """Begin a block of steps."""
-        level = self.program.levels[name]
-        if level.start == "reset":
-            self.params[name] = self.before.initial[name]
-            self.optimizers[name] = level.optimizer.init(self.params[name])
-        batch, here = self.given.get(name), self.position[name]
-        if isinstance(batch, PerStep):
-            tensors, merge = tree.partition(batch.batches)
-            batch = PerStep(merge([t[here : here + level.steps] for t in tensors]))
-        self.blocks[name] = Block(self.params[name], self.optimizers[name], batch)
-
-    def roll_back(self, name: str) -> None:
-        self.params[name], self.optimizers[name], _ = self.blocks[name]
-
-    def step(self, name: str, *, measured: bool) -> Metrics | None:
-        """One step of a level, and what it saw if that is asked for."""
-        level, count = self.program.levels[name], self.before.updates
-        if name in self.given:
-            self.batches[name] = _one(self.given[name], self.position[name])
-        self.position[name] += 1
-        waiting = count < level.warmup if level.warmup else None
-        if waiting is not None and not torch.compiler.is_compiling() and not transforms_active() and bool(waiting):
-            nan = torch.full((), torch.nan, device=count.device)
-            return Metrics(nan, nan, {}) if measured else None
-        scale = self.scales[name]
-        loss, gradient, methods, reports = total_gradient(
-            self.program, name, self.moment(), scale.scale if scale else None
-        )
-        params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name])
-        if scale:
-            finite = tree.norm(gradient).isfinite()
-            self.scales[name] = next_scale(scale, finite)
-            params = tree.where(finite, params, self.params[name])
-            optimizer = tree.where(finite, optimizer, self.optimizers[name])
-        if waiting is not None:
-            params = tree.where(waiting, self.params[name], params)
-            optimizer = tree.where(waiting, self.optimizers[name], optimizer)
-        self.params[name], self.optimizers[name] = params, optimizer
-        self.methods.update(methods)
-        return Metrics(loss, tree.norm(gradient), reports) if measured else None
 
 
 def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
@@ -287,27 +220,4 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
         Choe et al. (2023), Betty: an automatic differentiation library for multilevel optimization, section 3.
     """
     program = Program(dict(levels), topology(levels, edges))
-    turns = _turns(program, program.shape.roots)
-    last = {turn.name: i for i, turn in enumerate(turns) if not turn.back}
-    return Graph(program, tuple(turn._replace(last=last[turn.name] == i) for i, turn in enumerate(turns)))
-
-
-def _turns(program: Program, names: Sequence[str]) -> list[_Turn]:
-    """A block of steps of some levels at once, each step after those of the levels below."""
-    turns: list[_Turn] = []
-    for tick in range(max(program.levels[name].steps for name in names)):
-        active = [name for name in names if tick < program.levels[name].steps]
-        direct = dict.fromkeys(lower for name in active for lower in program.shape.lowers[name])
-        inner = [name for name in direct if not any(name in program.shape.below[other] for other in direct)]
-        if inner:
-            turns += _turns(program, inner)
-        turns += [_Turn(name, first=tick == 0) for name in active]
-        turns += [_Turn(name, back=True) for name in inner if program.levels[name].start == "rollback"]
-    return turns
-
-
-def _one(batch: Any, position: int) -> Any:
-    if not isinstance(batch, PerStep):
-        return batch
-    tensors, merge = tree.partition(batch.batches)
-    return merge([t[position] for t in tensors])
+    return Graph(program, tuple(turns(program, program.shape.roots)))

@@ -7,7 +7,6 @@ level is optimized over the best response of another, and how that response is d
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,6 +40,7 @@ class Level:
         warmup: The number of updates of the program for which the level stays where it is, while those below it move.
         precision: bfloat16 or float16: the level's own gradient is computed under autocast, in float16 with a loss
             scaled to stay in range. Products with second derivatives are computed in the parameters' dtype.
+        value_and_grad: Made of the loss: its value and gradient in the level's own parameters.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -70,10 +70,12 @@ class Level:
     accumulate: int = 1
     warmup: int = 0
     precision: torch.dtype | None = None
+    value_and_grad: Callable[..., tuple[Tensor, Tree]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         if not callable(self.loss):
             raise TypeError(f"loss must be a function (own, *reads, batch) -> scalar; got {self.loss!r}")
+        object.__setattr__(self, "value_and_grad", value_and_grad(self.loss))  # made once, not once a step
         if not isinstance(self.optimizer, GradientTransformation):
             raise TypeError(f"optimizer must be a GradientTransformation such as sgd(0.1); got {self.optimizer!r}")
         if isinstance(self.reads, str) or not all(isinstance(name, str) for name in self.reads):
@@ -96,11 +98,6 @@ class Level:
     def plain(self) -> bool:
         """Whether a gradient is one call of the loss in the parameters' own dtype."""
         return self.accumulate == 1 and self.precision is None
-
-    @functools.cached_property
-    def value_and_grad(self) -> Callable[..., tuple[Tensor, Tree]]:
-        """The loss and its gradient in the level's own parameters, with what it reads as it is."""
-        return value_and_grad(self.loss)
 
     def __repr__(self) -> str:
         return f"Level(reads={self.reads}, steps={self.steps}, start={self.start!r})"

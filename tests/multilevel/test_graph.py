@@ -272,3 +272,19 @@ def test_parameters_and_batches_belong_to_levels():
         two.update(state, {"c": torch.ones(1)})
     with pytest.raises(ValueError, match="no level 'c'"):
         two.hypergrad("c")
+
+
+def test_compiled_updates_are_the_same():
+    X = random.normal(random.key(1), (3, 2), dtype=torch.float64)
+    levels, _ = quadratic_pair()
+    low = Level(lambda b, a, x: ((b - a * x) ** 2).sum(), sgd(0.2, momentum=0.9), reads=("a",), steps=3)
+    two = graph({**levels, "b": low}, [Edge("a", "b", Implicit(CG(max_steps=2)))])
+    state, batches = two.init(random.key(0), params(1.0)), {"b": PerStep(X)}
+    compiled = two.compiled(chunk=2, backend="eager")
+    plain, metrics = two.update(state, batches)
+    found, seen = compiled(state, batches)
+    assert_close(found, plain)
+    assert_close(seen["a"], metrics["a"], equal_nan=True)
+    assert_close(compiled(found, batches)[0], two.update(plain, batches)[0])
+    with pytest.raises(ValueError, match="chunk must be a positive int"):
+        two.compiled(0)

@@ -1,0 +1,185 @@
+"""An update under way: whose turn it is, and what a turn does."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.autodiff import transforms_active
+from diffopt.multilevel.precision import next_scale
+from diffopt.multilevel.responses import Block, Moment, PerStep, Program, Report, moved, total_gradient
+from diffopt.typing import Tree
+
+__all__ = ["GraphState", "Metrics", "Run", "Turn", "chunks", "piece", "turns"]
+
+
+class GraphState(NamedTuple):
+    """The state of a program, tensors alone: it vmaps, and `torch.save` resumes it exactly.
+
+    Attributes:
+        params: The parameters of each level.
+        optimizers: The state of each level's optimizer.
+        methods: What each method carries along, such as the adjoint where its next solve starts.
+        scales: The loss scale of each level in float16.
+        initial: Where levels with `start="reset"` start.
+        updates: How many there were.
+    """
+
+    params: dict[str, Tree]
+    optimizers: dict[str, Any]
+    methods: dict[tuple[str, str], Any]
+    scales: dict[str, Any]
+    initial: dict[str, Tree]
+    updates: Tensor
+
+
+class Metrics(NamedTuple):
+    """What a level's last step saw; NaN for a level that is warming up.
+
+    Attributes:
+        loss: The loss before the step.
+        gradient_norm: The norm of its gradient before clipping.
+        reports: How far the gradient can be trusted, for each level below.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    reports: dict[str, Report]
+
+
+class Turn(NamedTuple):
+    """One entry of the schedule: a level takes a step, perhaps the first of a block or the last, or goes back."""
+
+    name: str
+    first: bool = False
+    back: bool = False
+    last: bool = False
+
+
+class Run:
+    """An update under way: the state, taken apart."""
+
+    def __init__(self, program: Program, state: GraphState, batches: Mapping[str, Any]):
+        self.program, self.before, self.given = program, state, batches
+        self.params, self.optimizers = dict(state.params), dict(state.optimizers)
+        self.methods, self.scales = dict(state.methods), dict(state.scales)
+        self.blocks: dict[str, Block] = {}
+        self.position = dict.fromkeys(program.levels, 0)
+        self.batches = {name: _one(batch, 0) for name, batch in batches.items()}
+
+    def state(self) -> GraphState:
+        return GraphState(
+            self.params, self.optimizers, self.methods, self.scales, self.before.initial, self.before.updates + 1
+        )
+
+    def moment(self) -> Moment:
+        return Moment(self.params, self.optimizers, self.methods, self.batches, self.blocks)
+
+    def begin(self, name: str) -> None:
+        """Begin a block of steps."""
+        level = self.program.levels[name]
+        if level.start == "reset":
+            self.params[name] = self.before.initial[name]
+            self.optimizers[name] = level.optimizer.init(self.params[name])
+        self.blocks[name] = Block(self.params[name], self.optimizers[name], self.part(name, level.steps))
+
+    def part(self, name: str, count: int) -> Any:
+        """The batch of a level's next steps."""
+        batch, here = self.given.get(name), self.position[name]
+        if not isinstance(batch, PerStep):
+            return batch
+        tensors, merge = tree.partition(batch.batches)
+        return PerStep(merge([t[here : here + count] for t in tensors]))
+
+    def leap(self, piece: Callable[..., Any], name: str, count: int) -> Metrics:
+        """Several steps of a level by a compiled piece."""
+        before = self.before._replace(
+            params=self.params, optimizers=self.optimizers, methods=self.methods, scales=self.scales, initial={}
+        )
+        part = self.part(name, count)
+        self.params, self.optimizers, self.methods, self.scales, metrics = piece(
+            before, self.batches, part, self.blocks
+        )
+        self.position[name] += count
+        if name in self.given:
+            self.batches[name] = _one(part, count - 1)
+        return metrics
+
+    def roll_back(self, name: str) -> None:
+        self.params[name], self.optimizers[name], _ = self.blocks[name]
+
+    def step(self, name: str, *, measured: bool) -> Metrics | None:
+        """One step of a level, and what it saw if that is asked for."""
+        level, count = self.program.levels[name], self.before.updates
+        if name in self.given:
+            self.batches[name] = _one(self.given[name], self.position[name])
+        self.position[name] += 1
+        waiting = count < level.warmup if level.warmup else None
+        if waiting is not None and not torch.compiler.is_compiling() and not transforms_active() and bool(waiting):
+            nan = torch.full((), torch.nan, device=count.device)
+            return Metrics(nan, nan, {}) if measured else None
+        scale = self.scales[name]
+        loss, gradient, methods, reports = total_gradient(
+            self.program, name, self.moment(), scale.scale if scale else None
+        )
+        params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name])
+        if scale:
+            finite = tree.norm(gradient).isfinite()
+            self.scales[name] = next_scale(scale, finite)
+            params = tree.where(finite, params, self.params[name])
+            optimizer = tree.where(finite, optimizer, self.optimizers[name])
+        if waiting is not None:
+            params = tree.where(waiting, self.params[name], params)
+            optimizer = tree.where(waiting, self.optimizers[name], optimizer)
+        self.params[name], self.optimizers[name] = params, optimizer
+        self.methods.update(methods)
+        return Metrics(loss, tree.norm(gradient), reports) if measured else None
+
+
+def turns(program: Program, names: Sequence[str]) -> list[Turn]:
+    """A block of steps of some levels at once, each step after those of the levels below."""
+    found: list[Turn] = []
+    for tick in range(max(program.levels[name].steps for name in names)):
+        active = [name for name in names if tick < program.levels[name].steps]
+        direct = dict.fromkeys(lower for name in active for lower in program.shape.lowers[name])
+        inner = [name for name in direct if not any(name in program.shape.below[other] for other in direct)]
+        if inner:
+            found += turns(program, inner)
+        found += [Turn(name, first=tick == 0) for name in active]
+        found += [Turn(name, back=True) for name in inner if program.levels[name].start == "rollback"]
+    last = {turn.name: i for i, turn in enumerate(found) if not turn.back}
+    return [turn._replace(last=last[turn.name] == i) for i, turn in enumerate(found)]
+
+
+def _one(batch: Any, position: int) -> Any:
+    if not isinstance(batch, PerStep):
+        return batch
+    tensors, merge = tree.partition(batch.batches)
+    return merge([t[position] for t in tensors])
+
+
+def chunks(schedule: tuple[Turn, ...], chunk: int) -> list[tuple[str, int, bool, bool]]:
+    """The schedule as `(name, count, first, back)`, with steps of one level that follow each other put together."""
+    found: list[tuple[str, int, bool, bool]] = []
+    for turn in schedule:
+        name, count, first, back = found[-1] if found else ("", 0, False, True)
+        if turn.name == name and not (turn.first or turn.back or back) and count < chunk:
+            found[-1] = (name, count + 1, first, back)
+        else:
+            found.append((turn.name, 1, turn.first, turn.back))
+    return found
+
+
+def piece(program: Program, name: str, count: int, backend: str) -> Callable[..., Any]:
+    def steps(state: GraphState, batches: Mapping[str, Any], part: Any, blocks: dict[str, Block]):
+        with torch.no_grad():
+            run = Run(program, state, {} if part is None else {name: part})
+            run.batches, run.blocks = {**batches}, blocks
+            for _ in range(count - 1):
+                run.step(name, measured=False)
+            metrics = run.step(name, measured=True)
+        return run.params, run.optimizers, run.methods, run.scales, metrics
+
+    return torch.compile(steps, fullgraph=True, dynamic=False, backend=backend)
