@@ -5,6 +5,8 @@ from diffopt import (
     convex,
     implicit,
     linalg,
+    meta,
+    multilevel,
     nn,
     optimizers,
     random,
@@ -14,6 +16,7 @@ from diffopt import (
     transforms,
     tree,
     typing,
+    zero_order,
 )
 from diffopt.autodiff import (
     checkpoint,
@@ -52,7 +55,9 @@ __all__ = [
     "linalg",
     "linear_solve",
     "lstsq",
+    "meta",
     "minimize",
+    "multilevel",
     "nn",
     "optimizers",
     "random",
@@ -71,4 +76,5 @@ __all__ = [
     "unroll",
     "value_and_grad",
     "while_loop",
+    "zero_order",
 ]

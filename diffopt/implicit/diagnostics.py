@@ -155,6 +155,8 @@ def diagnose(
     check_solver(linear_solver, "linear_solver")
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"diagnose takes args as a tuple; got {type(args).__name__}. Write (value,)")
+    if hasattr(x, "value") and hasattr(x, "stats"):
+        raise TypeError("diagnose takes the solution's value; got a Solution. Write solution.value")
     tensors, merge = tree.partition((x, args))
     x, args = merge([t.detach() for t in tensors])
     with torch.enable_grad():

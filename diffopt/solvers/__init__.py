@@ -14,6 +14,7 @@ from diffopt.solvers.frank_wolfe import FrankWolfe
 from diffopt.solvers.gauss_newton import GaussNewton
 from diffopt.solvers.golden_section import GoldenSection
 from diffopt.solvers.gradient_descent import GradientDescent
+from diffopt.solvers.iterate import Solver
 from diffopt.solvers.lbfgs import LBFGS
 from diffopt.solvers.lbfgsb import LBFGSB
 from diffopt.solvers.least_squares import least_squares
@@ -77,6 +78,7 @@ __all__ = [
     "SciPyMinimize",
     "SciPyRoot",
     "Solution",
+    "Solver",
     "SolverError",
     "Stats",
     "TrustRegion",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.implicit.adjoints import Adjoint, Equation, Implicit, OneStep
 from diffopt.implicit.optimality import KKT
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.bounds import check_bounds, crossed_bounds, flat_bounds
@@ -81,7 +81,8 @@ def minimize(
 
     Raises:
         SolverError: If a lane did not converge, and `throw` is not False.
-        ValueError: If `fn` is not scalar, structures are combined, or the solver is not for this structure.
+        ValueError: If `fn` is not scalar, structures are combined, or the solver or the adjoint is not for this
+            structure.
 
     Example:
         >>> import torch
@@ -117,6 +118,11 @@ def minimize(
     solver = _DEFAULTS[structure] if solver is None else solver
     if structure is not None and structure not in getattr(solver, "handles", ()):
         raise ValueError(f"{type(solver).__name__} cannot handle {found[0]}; {_ADVICE[structure]}")
+    if constrained and isinstance(adjoint, OneStep):
+        raise ValueError(
+            "OneStep is no derivative of a constrained minimizer, as its equation is no contraction; use "
+            "Implicit() or Unrolled()"
+        )
     solution = solve(
         "minimize", solver, problem, Equation(optimality, symmetric=structure is None), start, args,
         adjoint=Implicit() if adjoint is None else adjoint, settings=settings, throw=throw,

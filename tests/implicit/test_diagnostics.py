@@ -5,6 +5,7 @@ import torch
 
 from diffopt.implicit import KKT, Equation, diagnose, kkt_map, root_vjp, stationarity_map
 from diffopt.linalg import CG
+from diffopt.solvers import root
 
 F64 = torch.float64
 
@@ -165,3 +166,9 @@ def test_arguments_and_precision_are_checked():
     half = x.bfloat16()
     with pytest.raises(TypeError, match="diagnose needs float32 or float64"):
         diagnose(lambda x, a: x - a, half, (half,), half)
+
+
+def test_a_whole_solution_is_refused():
+    solution = root(lambda x, a: x**2 - a, torch.ones(1), (torch.full((1,), 4.0),))
+    with pytest.raises(TypeError, match=r"Write solution\.value"):
+        diagnose(lambda x, a: x**2 - a, solution, (torch.full((1,), 4.0),), torch.ones(1))

@@ -207,3 +207,10 @@ def test_half_precision_is_refused_where_torch_has_no_factorization():
         minimize(loss, torch.ones(2, dtype=torch.bfloat16), bounds=(0.0, 1.5))
     found = minimize(loss, torch.ones(2, dtype=torch.bfloat16), solver=BFGS())
     assert torch.equal(found.value, torch.full((2,), 2.0, dtype=torch.bfloat16))
+
+
+def test_one_step_is_refused_with_constraints():
+    with pytest.raises(ValueError, match="OneStep is no derivative of a constrained minimizer"):
+        minimize(
+            lambda x: (x**2).sum(), torch.ones(2), equality=lambda x: x.sum() - 1, adjoint=OneStep(0.1)
+        )  # fmt: skip
