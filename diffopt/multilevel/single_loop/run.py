@@ -11,6 +11,7 @@ from torch import Tensor
 from diffopt import random
 from diffopt.multilevel.single_loop.problem import BilevelProblem
 from diffopt.multilevel.single_loop.protocol import SingleLoop, check_count
+from diffopt.random.keys import check_key
 
 __all__ = ["draw", "run"]
 
@@ -43,6 +44,7 @@ def draw(
         >>> inner.shape, outer.shape
         (torch.Size([21, 64]), torch.Size([1, 64]))
     """
+    check_key(key)
     if batch_size is None:
         return (
             torch.arange(problem.inner_size, device=key.device),
@@ -81,7 +83,7 @@ def run(
         The state.
 
     Raises:
-        TypeError: If the key is not an int64 tensor, or a number not an int.
+        TypeError: If the key is not an int64 tensor, a number not an int, or the state none of a method.
         ValueError: If the key is not of shape (2,), or a number below 1.
 
     Example:
@@ -95,6 +97,9 @@ def run(
         '4.00'
     """
     check_count("steps", steps)
+    check_key(key)
+    if not isinstance(getattr(state, "count", None), Tensor):
+        raise TypeError(f"`state` must be one that `init` or `step` returned; got {type(state).__name__}.")
     done, taken = 0, state.count
     while done < steps:
         block = min(_BLOCK, steps - done)

@@ -13,13 +13,13 @@ def falling(start: float, power: float, delay: float = 30.0):
     return lambda count: start * (1 + count.double() / delay) ** -power
 
 
-BOTH = falling(0.5, 0.7), falling(1.0, 0.7)
-ROOTS = falling(0.5, 1 / 3, 10), falling(0.5, 1 / 2, 10)
+BOTH = falling(0.5, 0.5), falling(1.0, 1.0)
+ROOTS = falling(0.5, 1 / 3, 10), falling(0.5, 2 / 3, 10)
 WEIGHTS = {"inner_weight": falling(0.5, 2 / 3, 10), "outer_weight": falling(0.5, 2 / 3, 10)}
 METHODS = {
     "SOBA": SOBA(falling(0.5, 0.4, 1), falling(0.5, 0.6, 1)),
     "SABA": SABA(0.3, 0.3),
-    "AmIGO": AmIGO(*BOTH, inner_steps=3, linear_steps=3),
+    "AmIGO": AmIGO(falling(0.5, 0.7), falling(1.0, 1.0), inner_steps=3, linear_steps=3),
     "F2SA": F2SA(*BOTH, penalty=10.0, inner_steps=3),
     "StocBiO": StocBiO(*BOTH, linear_step_size=0.7, inner_steps=3, series_steps=10),
     "MRBO": MRBO(*ROOTS, linear_step_size=0.7, **WEIGHTS, series_steps=10),
