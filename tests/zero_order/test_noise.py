@@ -1,5 +1,6 @@
 """diffopt.zero_order.noise: counters, shards, transforms, derivatives, memory and bad inputs."""
 
+import functools
 import resource
 import shutil
 
@@ -10,12 +11,11 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from diffopt import random
-from diffopt.zero_order import accumulate, launch, noise, on_cpu, perturb
+from diffopt.zero_order import accumulate, launch, native, noise, on_cpu, perturb
 from diffopt_kernels import perturb as kernel
-from diffopt_kernels import philox
 
 KEY = random.key(42)
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
 DRAWS = {"normal": random.normal, "rademacher": random.rademacher}
 
 # Eager, compiled and vector code differ in the last places of log, sin and cos; sums of terms add these up.
@@ -72,8 +72,10 @@ def test_perturb_and_accumulate_are_their_formulas(dtype):
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 16])
-def test_chunks_change_nothing(chunk, monkeypatch):
+@pytest.mark.parametrize("native_from", [1, 1 << 20])
+def test_chunks_change_nothing(chunk, native_from, monkeypatch):
     monkeypatch.setattr(on_cpu, "CHUNK", chunk)
+    monkeypatch.setattr(on_cpu, "NATIVE_FROM", native_from)
     keys = random.split(KEY, 3)
     x, sigma = torch.linspace(-1, 2, 3 * 21, dtype=F64).reshape(3, 21), torch.full((3, 21), 0.3, dtype=F64)
     members, weights = torch.tensor([4, 0, 1 << 33]), torch.linspace(0.2, 1.0, 15, dtype=F64).reshape(3, 5)
@@ -90,24 +92,44 @@ def test_chunks_change_nothing(chunk, monkeypatch):
 
 
 @needs_compiler
-def test_the_compiled_body_equals_the_reference():
-    size, first = on_cpu.BODY + 100, (1 << 33) + (1 << 32) - 77
-    numbers = on_cpu._contiguous(KEY, first, size, torch.float32, "normal")
-    expected = philox.normal_reference(KEY, size, 4 * first, torch.float32)
-    torch.testing.assert_close(numbers, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(noise(KEY, 1001, 200, start=3)[-1], random.normal(KEY, (1001,), start=202 * 1004))
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [1, 7, 64, 1003])
+def test_native_code_equals_the_reference(size, dtype):
+    keys, members = random.split(KEY, 70), torch.arange(70) * ((1 << 33) // 3) + (1 << 32) - 9
+    for distribution, tolerance in (("normal", 16 * torch.finfo(dtype).eps), ("rademacher", 0.0)):
+        expected = kernel.noise_reference(keys, members, size, dtype, distribution)
+        # The reference rounds the angle, which is at most 2 pi, and then scales by at most 6.7.
+        found = native.draw(keys, members, -(-size // 4), 0, size, dtype, distribution)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        part = native.draw(keys, members, -(-size // 4), size // 8, size - 4 * (size // 8), dtype, distribution)
+        assert torch.equal(part, found[:, 4 * (size // 8) :])
 
 
-def test_the_words_of_the_compiled_body_are_bit_exact(monkeypatch):
-    monkeypatch.setattr(on_cpu, "BODY", 4000)
-    for first in (0, (1 << 33) + (1 << 32) - 77, (1 << 31) - 5):
-        words = torch.stack(on_cpu._words(KEY, torch.tensor(first)), dim=-1).reshape(-1)
-        assert torch.equal(words, random.bits(KEY, (4000,), start=4 * first, dtype=torch.int32))
-        for dtype in (torch.float32, F64):
-            ours = on_cpu.normal_body(KEY, torch.tensor(first), dtype)
-            assert torch.equal(ours, philox.normal_reference(KEY, 4000, 4 * first, dtype))
-            ours = on_cpu.rademacher_body(KEY, torch.tensor(first), dtype)
-            assert torch.equal(ours, philox.rademacher_reference(KEY, 4000, 4 * first, dtype))
+@needs_compiler
+def test_threads_change_nothing(monkeypatch):
+    draw = functools.partial(native.draw, random.split(KEY, 5), torch.arange(5), 100, 0, 397, F64, "normal")
+    alone = draw()
+    monkeypatch.setattr(native, "SHARE", 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(draw(), alone)
+
+
+@needs_compiler
+def test_native_code_is_taken_by_size_alone(monkeypatch):
+    whole = noise(KEY, 1003, 8, start=2)
+    for members in (whole, vmap(lambda i: noise(KEY, 1003, 4, start=i))(torch.tensor([2, 6])).flatten(0, 1)):
+        assert torch.equal(members, native.draw(KEY.expand(8, 2), torch.arange(2, 10), 251, 0, 1003, F32, "normal"))
+    monkeypatch.setenv("DIFFOPT_COMPILE", "0")
+    torch.testing.assert_close(noise(KEY, 1003, 8, start=2), whole, **SINGLE)
+    assert not torch.equal(noise(KEY, 1003, 8, start=2), whole)
+
+
+def test_a_compiler_that_fails_is_told_of(monkeypatch):
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setattr(native.compiled_body, "available", lambda: True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match="failed .*no-such-compiler.*DIFFOPT_COMPILE=0"):
+        assert noise(KEY, 1003, 8).shape == (8, 1003)
 
 
 def test_vmap_equals_the_loop():
