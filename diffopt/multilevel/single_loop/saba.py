@@ -125,6 +125,11 @@ class SABA:
     def step(self, problem: BilevelProblem, state: SABAState, inner_batch: Tensor, outer_batch: Tensor) -> SABAState:
         """The state after one step on batches of indices; an index may occur more than once."""
         check_state(state, SABAState)
+        sizes, rows = (problem.inner_size, problem.outer_size), (state.inner_table.shape[0], state.outer_table.shape[0])
+        if sizes != rows:
+            raise ValueError(
+                f"the tables must have a row for each sample, {sizes}; got {rows}. Call init for this problem."
+            )
         (i,), (j,) = open_batches(problem, self.draws, inner_batch, outer_batch)
         products, z, x = products_of(problem, state.z, state.x)
         v = tree.ravel(state.v)[0]

@@ -19,7 +19,7 @@ WEIGHTS = {"inner_weight": falling(0.5, 2 / 3, 10), "outer_weight": falling(0.5,
 METHODS = {
     "SOBA": SOBA(falling(0.5, 0.4, 1), falling(0.5, 0.6, 1)),
     "SABA": SABA(0.3, 0.3),
-    "AmIGO": AmIGO(falling(0.5, 0.7), falling(1.0, 1.0), inner_steps=3, linear_steps=3),
+    "AmIGO": AmIGO(falling(0.5, 0.7), falling(0.7, 1.0), inner_steps=3, linear_steps=3),
     "F2SA": F2SA(*BOTH, penalty=10.0, inner_steps=3),
     "StocBiO": StocBiO(*BOTH, linear_step_size=0.7, inner_steps=3, series_steps=10),
     "MRBO": MRBO(*ROOTS, linear_step_size=0.7, **WEIGHTS, series_steps=10),

@@ -28,9 +28,8 @@ def test_without_a_batch_size_steps_see_all_samples():
 def test_samples_are_uniform_and_batches_differ():
     inner, _ = draw(METHOD, small().problem, random.key(1), 4000)
     frequencies = inner.reshape(-1).bincount(minlength=24) / inner.numel()
-    assert_close(
-        frequencies, torch.full((24,), 1 / 24), tol=4 * (1 / 24 / inner.numel()) ** 0.5
-    )  # four standard errors
+    four_errors = 4 * (1 / 24 / inner.numel()) ** 0.5
+    assert_close(frequencies, torch.full((24,), 1 / 24), tol=four_errors)
     assert not torch.equal(inner[0], inner[1])
 
 
@@ -43,5 +42,7 @@ def test_bad_arguments_raise():
         run(METHOD, made.problem, start, random.key(0), 1, batch_size=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         draw(METHOD, made.problem, random.key(0), 0)
+    with pytest.raises(TypeError, match="`state` must be one that"):
+        run(METHOD, made.problem, (made.z, made.x), random.key(0), 1)
     with pytest.raises(TypeError, match="`key` must be an int64 tensor"):
         run(METHOD, made.problem, start, 0, 1, batch_size=2)  # pyright: ignore[reportArgumentType]

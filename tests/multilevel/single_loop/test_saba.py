@@ -118,7 +118,7 @@ def test_a_saved_state_holds_the_tables():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_sum_in_place_of_a_mean_raises():
+def test_a_sum_in_place_of_a_mean_and_other_tables_raise():
     made = small()
     problem = made.problem
     summed = BilevelProblem(
@@ -129,5 +129,8 @@ def test_a_sum_in_place_of_a_mean_raises():
     )
     with pytest.raises(ValueError, match="`inner` must be the mean over the samples"):
         METHOD.init(summed, made.z, made.x)
+    with pytest.raises(ValueError, match=r"a row for each sample, \(24, 24\); got \(24, 8\)"):
+        state = moved(METHOD, made)
+        METHOD.step(problem, state._replace(outer_table=state.outer_table[:8]), *drawn(METHOD, made))
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
         SABA(0.3, 0.2, chunk_size=0)
