@@ -154,7 +154,10 @@ def train(
             if values and log is not None:
                 log(done, values)
             if values and not quiet:
-                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items() if name.count("/") < 2})
+                shown = {
+                    name: f"{value:.3g}" for name, value in values.items() if name.endswith(("/loss", "validation"))
+                }
+                bar.set_postfix(shown)
             bar.update()
         run.finish()
     return trained
