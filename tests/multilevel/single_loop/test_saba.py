@@ -129,8 +129,9 @@ def test_a_sum_in_place_of_a_mean_and_other_tables_raise():
     )
     with pytest.raises(ValueError, match="`inner` must be the mean over the samples"):
         METHOD.init(summed, made.z, made.x)
+    state, batches = moved(METHOD, made), drawn(METHOD, made)
+    other = state._replace(outer_table=state.outer_table[:8])
     with pytest.raises(ValueError, match=r"a row for each sample, \(24, 24\); got \(24, 8\)"):
-        state = moved(METHOD, made)
-        METHOD.step(problem, state._replace(outer_table=state.outer_table[:8]), *drawn(METHOD, made))
+        METHOD.step(problem, other, *batches)
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
         SABA(0.3, 0.2, chunk_size=0)
