@@ -52,11 +52,12 @@ def nested(shape, solver, adjoint):
 
 
 def cases():
-    """Every adjoint two and three levels deep; the other chains of three are slow."""
+    """Every adjoint two and three levels deep; the rest is slow."""
     for shape in CHAINS:
         many = shape.startswith("three") and "alone" not in shape
         for how in EXACT if not shape.startswith("four") else ():
-            yield pytest.param(shape, how, marks=[pytest.mark.slow] if many and how != "Implicit" else [])
+            slow = (many and how != "Implicit") or (shape != "two levels" and how == "Unrolled, checkpoint")
+            yield pytest.param(shape, how, marks=[pytest.mark.slow] if slow else [])
 
 
 @pytest.mark.parametrize(("shape", "how"), list(cases()))
@@ -112,7 +113,7 @@ def test_detached_answers_are_constants():
     assert_close(found, grad(quadratic("a", "b"))(a, b), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", ["two levels", "three, by neighbours"])
+@pytest.mark.parametrize("shape", ["two levels", pytest.param("three, by neighbours", marks=pytest.mark.slow)])
 def test_seeds_map_and_hessians_are_exact(shape):
     a = start(shape)["a"]
     value = nested(shape, NewtonCG(), Implicit(Dense()))
