@@ -10,7 +10,7 @@ Let :math:`F(x, \theta) = 0` be the equation of a problem and :math:`x_{k+1} = s
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,7 +111,12 @@ class Info(NamedTuple):
 
 
 class Adjoint(Protocol):
-    """What an adjoint is: a value with these methods. The last three serve problems whose solver runs elsewhere."""
+    """What an adjoint is: a value with these methods. The last three serve problems whose solver runs elsewhere.
+
+    `retraces` says whether those call the response's `retrace`.
+    """
+
+    retraces: ClassVar[bool]
 
     def solve(self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Batching) -> tuple[Tree, Any]:
         """`(x, aux)`, where `x` has this adjoint's derivative in `args` and captured tensors, and `aux` has none."""
@@ -148,6 +153,8 @@ class Implicit:
     """
 
     linear_solver: LinearSolver | None = None
+
+    retraces: ClassVar[bool] = False
 
     def __post_init__(self):
         check_solver(self.linear_solver, "linear_solver")
@@ -208,6 +215,8 @@ class Unrolled:
 
     checkpoint: Literal["sqrt", "log"] | int | None = None
     truncate: int | None = None
+
+    retraces: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.truncate is not None and not _positive_int(self.truncate):
@@ -276,6 +285,8 @@ class OneStep:
 
     step_size: float | Tensor = 1.0
 
+    retraces: ClassVar[bool] = False
+
     def __post_init__(self):
         if not isinstance(self.step_size, (int, float, Tensor)):
             raise TypeError(f"step_size must be a number or a tensor; got {self.step_size!r}")
@@ -304,6 +315,8 @@ class OneStep:
 @dataclasses.dataclass(frozen=True)
 class Detached:
     """No derivative: the solution is a constant."""
+
+    retraces: ClassVar[bool] = False
 
     def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""

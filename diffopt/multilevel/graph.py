@@ -75,23 +75,27 @@ class Graph:
         )
 
     def update(
-        self, state: GraphState, batches: Mapping[str, Any] | None = None
+        self, state: GraphState, batches: Mapping[str, Any] | None = None, *, donate: bool = False
     ) -> tuple[GraphState, dict[str, Metrics]]:
         """One step of the top level, with all the steps of the levels below that it takes.
 
         Args:
-            state: The state; it is not changed.
+            state: The state; it is not changed, unless it is donated.
             batches: The batch of each level, by name: a tree that all of its steps see, or `PerStep`. Levels that are
                 not named get None.
+            donate: Whether the memory of the state may be written over, as in `step`: use only what comes back. Where
+                the optimizers step in place, that saves a copy of the parameters and of the optimizers' states.
 
         Returns:
             The new state, and what each level saw.
 
         Raises:
-            ValueError: If a batch belongs to no level, or has the wrong number of steps.
+            ValueError: If a batch belongs to no level, or has the wrong number of steps. With donate, also if tensors
+                share memory.
+            RuntimeError: With donate, under a live transform, or if a tensor requires grad in grad mode.
         """
         batches = self._checked(batches)
-        run = Run(self.program, state, batches)
+        run = Run(self.program, state, batches, donate=donate)
         metrics: dict[str, Metrics] = {}
         for turn in self.schedule:
             if turn.back:

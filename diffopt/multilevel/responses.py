@@ -106,14 +106,17 @@ def total_gradient(
     family = [name, *(read for read in level.reads if read in shape.below[name])]
     loss, slopes = _slopes(level, name, family, moment, scale)
     cotangents = dict(zip(family, slopes, strict=True))
+    del slopes  # each is as large as a level: it is freed when it was pulled
     after, reports = {}, {}
     for group in shape.groups[name]:
         if not any(member in cotangents for member in group.members):
             continue
         response, pair = _response(program, group, moment), (name, group.name)
-        cotangent = {m: cotangents[m] if m in cotangents else tree.zeros_like(response.x[m]) for m in group.members}
-        parts, after[pair], info = group.edge.method.pull(response, cotangent, moment.methods[pair])
-        reports[group.name] = _report(group.edge, info, response, cotangent, parts)
+        pulled = [{m: cotangents.pop(m, None) for m in group.members}]
+        pulled[0].update({m: tree.zeros_like(response.x[m]) for m, v in pulled[0].items() if v is None})
+        size = tree.norm(pulled[0])
+        parts, after[pair], info = group.edge.method.pull(response, pulled.pop(), moment.methods[pair])
+        reports[group.name] = _report(group.edge, info, response, size, parts)
         for outside, part in zip(group.outside, parts, strict=True):
             if outside == name or outside in shape.below[name]:
                 cotangents[outside] = tree.add(cotangents[outside], part) if outside in cotangents else part
@@ -170,23 +173,25 @@ def objective(program: Program, name: str, moment: Moment) -> Callable[..., Tens
 
     def value(own: Tree, *outside: Tree) -> Tensor:
         known = {name: own, **dict(zip(shape.outside[name], outside, strict=True))}
-
-        def found(read: str) -> Tree:
-            if read not in known:
-                group = next(group for group in shape.groups[name] if read in group.members)
-                if group.edge.response == "partial":
-                    known.update({member: moment.params[member] for member in group.members})
-                else:
-                    response = _response(program, group, moment, tuple(map(found, group.outside)))
-                    known.update(group.edge.method.respond(response, moment.methods[name, group.name]))
-            return known[read]
-
-        reads = [found(read) for read in level.reads]
+        reads = [_found(program, name, moment, known, read) for read in level.reads]
         batches = _micro_batches(level, moment.batches.get(name))
         losses = [level.loss(own, *reads, batch) for batch in batches]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     return value
+
+
+def _found(program: Program, name: str, moment: Moment, known: dict[str, Tree], read: str) -> Tree:
+    """What a level reads: known already, or the response of a level below to what is known, remembered."""
+    if read not in known:  # a function of its own, not a closure, which would keep all it knows alive in a cycle
+        group = next(group for group in program.shape.groups[name] if read in group.members)
+        if group.edge.response == "partial":
+            known.update({member: moment.params[member] for member in group.members})
+        else:
+            args = tuple(_found(program, name, moment, known, other) for other in group.outside)
+            response = _response(program, group, moment, args)
+            known.update(group.edge.method.respond(response, moment.methods[name, group.name]))
+    return known[read]
 
 
 def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
@@ -260,10 +265,10 @@ def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, T
     return x
 
 
-def _report(edge: Edge, info: Info, response: Response, cotangent: Tree, parts: tuple[Tree, ...]) -> Report:
+def _report(edge: Edge, info: Info, response: Response, pulled: Tensor, parts: tuple[Tree, ...]) -> Report:
     mu, nan = edge.strong_convexity, torch.full_like(info.residual, torch.nan)
     bound = mu is not None and edge.coupling is not None
-    size = tree.norm(cotangent) if bound else tree.norm(parts)
+    size = pulled if bound else tree.norm(parts)
     error = info.residual * size * (edge.coupling / mu if mu is not None and edge.coupling is not None else 1.0)
     distance = nan if mu is None else tree.norm(response.equation.residual(response.x, *response.args)) / mu
     return Report(info.residual, info.steps, error, torch.full_like(info.steps, bound, dtype=torch.bool), distance)

@@ -37,6 +37,7 @@ class Topology(NamedTuple):
         below: All levels below each.
         groups: What lies below each level in groups, each before those that it depends on.
         outside: What the best response of each depends on: what it and those below it read, and do not contain.
+        retraced: The levels whose last steps some method takes once more.
     """
 
     order: tuple[str, ...]
@@ -44,6 +45,7 @@ class Topology(NamedTuple):
     below: dict[str, frozenset[str]]
     groups: dict[str, tuple[Group, ...]]
     outside: dict[str, tuple[str, ...]]
+    retraced: frozenset[str]
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -76,7 +78,9 @@ def topology(levels: Mapping[str, Level], edges: Sequence[Edge]) -> Topology:
     outside = {name: _outside(name, levels, below) for name in order}
     _check_edges(levels, edges, below, outside)
     groups = {name: _groups(name, edges, below, outside) for name in order}
-    return Topology(order, lowers, below, groups, outside)
+    every = (group for level in groups.values() for group in level)
+    retraced = frozenset(name for group in every if group.edge.method.retraces for name in group.members)
+    return Topology(order, lowers, below, groups, outside, retraced)
 
 
 def _check_names(levels: Mapping[str, Level], edges: Sequence[Edge]) -> None:

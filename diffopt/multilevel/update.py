@@ -61,11 +61,12 @@ class Turn(NamedTuple):
 class Run:
     """An update under way: the state, taken apart."""
 
-    def __init__(self, program: Program, state: GraphState, batches: Mapping[str, Any]):
-        self.program, self.before, self.given = program, state, batches
+    def __init__(self, program: Program, state: GraphState, batches: Mapping[str, Any], *, donate: bool = False):
+        self.program, self.before, self.given, self.donate = program, state, batches, donate
         self.params, self.optimizers = dict(state.params), dict(state.optimizers)
         self.methods, self.scales = dict(state.methods), dict(state.scales)
         self.blocks: dict[str, Block] = {}
+        self.fresh = False  # whether what a level steps from is needed later on
         self.position = dict.fromkeys(program.levels, 0)
         self.batches = {name: _one(batch, 0) for name, batch in batches.items()}
 
@@ -83,7 +84,10 @@ class Run:
         if level.start == "reset":
             self.params[name] = self.before.initial[name]
             self.optimizers[name] = level.optimizer.init(self.params[name])
-        self.blocks[name] = Block(self.params[name], self.optimizers[name], self.part(name, level.steps))
+        self.fresh = level.start == "reset"
+        if level.start == "rollback" or name in self.program.shape.retraced:
+            self.blocks[name] = Block(self.params[name], self.optimizers[name], self.part(name, level.steps))
+            self.fresh = True
 
     def part(self, name: str, count: int) -> Any:
         """The batch of a level's next steps."""
@@ -124,7 +128,10 @@ class Run:
         loss, gradient, methods, reports = total_gradient(
             self.program, name, self.moment(), scale.scale if scale else None
         )
-        params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name])
+        seen = Metrics(loss, tree.norm(gradient), reports) if measured else None
+        options = {"donate": True} if self.donate and not (self.fresh or scale) else {}
+        params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name], **options)
+        self.fresh = False
         if scale:
             finite = tree.norm(gradient).isfinite()
             self.scales[name] = next_scale(scale, finite)
@@ -135,7 +142,7 @@ class Run:
             optimizer = tree.where(waiting, self.optimizers[name], optimizer)
         self.params[name], self.optimizers[name] = params, optimizer
         self.methods.update(methods)
-        return Metrics(loss, tree.norm(gradient), reports) if measured else None
+        return seen
 
 
 def turns(program: Program, names: Sequence[str]) -> list[Turn]:

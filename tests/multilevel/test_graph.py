@@ -288,3 +288,22 @@ def test_compiled_updates_are_the_same():
     assert_close(compiled(found, batches)[0], two.update(plain, batches)[0])
     with pytest.raises(ValueError, match="chunk must be a positive int"):
         two.compiled(0)
+
+
+@pytest.mark.parametrize("start", ["warm", "reset", "rollback"])
+@pytest.mark.parametrize("method", [Implicit(), Unrolled()])
+def test_a_donated_state_gives_the_same(method, start):
+    levels, _ = quadratic_pair(3, start=start)
+    two = graph({**levels, "a": Level(levels["a"].loss, adam(0.1), reads=("b",))}, [Edge("a", "b", method)])
+    plain = donated = two.init(random.key(0), params())
+    donated = tree.map(torch.clone, donated)
+    for _ in range(3):
+        plain, donated = two.update(plain)[0], two.update(donated, donate=True)[0]
+        assert_close(donated, plain)
+
+
+def test_a_donated_state_is_written_over():
+    _, two = quadratic_pair(3)
+    state = two.init(random.key(0), params())
+    new, _ = two.update(state, donate=True)
+    assert new.params["b"].data_ptr() == state.params["b"].data_ptr()

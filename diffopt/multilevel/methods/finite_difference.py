@@ -1,6 +1,7 @@
 r"""An identity for the inverse Hessian, and a difference of gradients for the mixed derivative: `FiniteDifference`."""
 
 import dataclasses
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class FiniteDifference:
     step_size: float | Tensor = 1.0
     radius: float | None = None
 
+    retraces: ClassVar[bool] = False
+
     def __post_init__(self):
         check_radius(self.radius)
 
@@ -50,6 +53,7 @@ class FiniteDifference:
     def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
         """See `diffopt.implicit.Adjoint`."""
         u = tree.map(lambda v: self.step_size * v, cotangent)
+        del cotangent  # it may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
     def respond(self, response: Response, state) -> Tree:

@@ -1,6 +1,7 @@
 r"""An inverse Hessian of low rank: `Nystrom`."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Nystrom:
 
     rank: int
     damping: float | Tensor = 1e-2
+
+    retraces: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:

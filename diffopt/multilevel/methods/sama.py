@@ -1,6 +1,7 @@
 r"""The response of one step of the lower level's own optimizer: `SAMA`."""
 
 import dataclasses
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class SAMA:
 
     radius: float | None = None
 
+    retraces: ClassVar[bool] = False
+
     def __post_init__(self):
         check_radius(self.radius)
 
@@ -48,6 +51,7 @@ class SAMA:
     def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
         """See `diffopt.implicit.Adjoint`."""
         u = response.adapt(cotangent)
+        del cotangent  # it may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
     def respond(self, response: Response, state) -> Tree:

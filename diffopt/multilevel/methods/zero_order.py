@@ -1,6 +1,7 @@
 r"""The response of the lower level's steps as a black box: `ZeroOrder`."""
 
 import dataclasses
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,6 +42,8 @@ class ZeroOrder:
 
     sigma: float
     num_samples: int
+
+    retraces: ClassVar[bool] = True
 
     def __post_init__(self):
         if not self.sigma > 0:
