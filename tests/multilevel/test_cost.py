@@ -14,7 +14,7 @@ PRODUCTS = 5
 
 
 def chain(count: int, size: int, response: str, solver: CG):
-    """A chain of levels that each read their neighbours, and a list that grows with every evaluation of a loss."""
+    """A chain of levels that each read their neighbours, the top all, and a list that grows with every evaluation."""
     calls: list[str] = []
     A = random.normal(random.key(0), (size, size), dtype=torch.float64) / size**0.5
     curvature = torch.linspace(2, 3, size, dtype=torch.float64)  # no solver ends early
@@ -28,7 +28,7 @@ def chain(count: int, size: int, response: str, solver: CG):
         return value
 
     levels = {
-        name: Level(loss(name), sgd(0.1), reads=(*names[max(i - 1, 0) : i], *names[i + 1 : i + 2]))
+        name: Level(loss(name), sgd(0.1), reads=(*names[max(i - 1, 0) : i], *names[i + 1 : i + 2 if i else count]))
         for i, name in enumerate(names)
     }
     program = graph(levels, [Edge(a, b, Implicit(solver), response=response) for a, b in itertools.pairwise(names)])
