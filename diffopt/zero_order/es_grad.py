@@ -15,7 +15,7 @@ from diffopt.random.keys import check_key
 from diffopt.zero_order.differences import leave_one_out, mean_of_sides, shape_differences
 from diffopt.zero_order.first_order import without_derivative
 from diffopt.zero_order.members import Evaluate, Members
-from diffopt.zero_order.options import Losses, Method, Options, check_options, draw, flatten_sigma, joined, kept, probe
+from diffopt.zero_order.options import Losses, Method, Options, check_options, draw, flatten_sigma, kept, probe
 from diffopt.zero_order.samplers import Sampler, gaussian, rademacher
 
 __all__ = ["EstimateInfo", "es_grad", "spsa_grad"]
@@ -183,20 +183,35 @@ def summarize(total: Tensor, scale: float | Tensor) -> tuple[Tensor, EstimateInf
 def _estimate(options: Options, members: Members, key: Tensor) -> tuple[Tensor, EstimateInfo]:
     sigma = flatten_sigma(options.sigma, members)
     scale = sigma.detach() if isinstance(sigma, Tensor) else sigma
-    found, norms, directions = [], [], None
-    for directions, losses in probe(options, members, key, sigma):
-        steps = directions / scale
-        norms.append((steps * steps).sum(1))
-        found.append(losses)
-    losses, keep = kept(options, joined(found))
+    losses, norms, directions = _probe_all(options, members, key, sigma, scale)
+    losses, keep = kept(options, losses)
     loss = keep[:, 0] * members.scalar(mean_of_sides(losses), "es_grad")
     c = options.sampler.scale(members.vector.shape[0])
     weights = (c * keep * _differences(options, members, losses, keep))[:, 0].to(members.vector.dtype)
-    sums = _sum(options, members, key, weights, directions if len(found) == 1 else None)
-    squares = (weights * weights) @ torch.cat(norms)
+    sums = _sum(options, members, key, weights, directions)
+    squares = (weights * weights) @ norms
     total = torch.cat([sums, torch.stack([squares, loss.sum().to(sums.dtype), keep.sum().to(sums.dtype)])])
     total = total.detach()
     return summarize(total if options.reduce is None else options.reduce(total), scale)
+
+
+def _probe_all(
+    options: Options, members: Members, key: Tensor, sigma: float | Tensor, scale: float | Tensor
+) -> tuple[Losses, Tensor, Tensor | None]:
+    """The values of all members, the squared norms of all steps, and the directions if they are in one chunk."""
+    whole: list[Tensor] = []
+    begin, count = 0, options.directions
+    for directions, losses in probe(options, members, key, sigma):
+        steps = directions / scale
+        parts = [side for side in ((steps * steps).sum(1), *losses[:2]) if side is not None]
+        if len(directions) == count:
+            return losses, parts[0], directions
+        # Small tensors that live on between large ones that do not would split the heap: its size would grow.
+        whole = whole or [part.new_empty((count, *part.shape[1:])) for part in parts]
+        for part, target in zip(parts, whole, strict=True):
+            target[begin : begin + len(directions)] = part.detach()
+        begin += len(directions)
+    return Losses(whole[1], whole[2] if len(whole) > 2 else None, None), whole[0], None
 
 
 def _differences(options: Options, members: Members, losses: Losses, keep: Tensor) -> Tensor:
