@@ -45,9 +45,9 @@ def close(ours, theirs, terms=1):
     torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(ours.dtype).eps, atol=atol, equal_nan=True)
 
 
-for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    for size in (0, 1, 1003) if dtype == torch.float32 else (102,):
-        for distribution in ("normal", "rademacher"):
+for dtype, sizes, distributions in CASES:
+    for size in sizes:
+        for distribution in distributions:
             x, sigma = torch.randn(3, size).to(dtype), torch.rand(3, size, dtype=torch.float64).to(dtype)
             args = keys, x, sigma, members, distribution
             close(perturb.perturb(*args), perturb.perturb_reference(*args))
@@ -73,9 +73,20 @@ print("agreed")
 """
 
 
+# Interpreted programs take a second each: every dtype and distribution once, and all of them in the slow run.
+SOME = """(
+    (torch.bfloat16, (7,), ("rademacher",)), (torch.float32, (0, 102), ("normal",)), (torch.float64, (5,), ("normal",))
+)"""
+ALL = """[
+    (dtype, (0, 1, 1003) if dtype == torch.float32 else (102,), ("normal", "rademacher"))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+]"""
+
+
 @needs_triton
-def test_launchers_agree_with_references(tmp_path):
-    assert run_script(SCRIPT, tmp_path).endswith("agreed")
+@pytest.mark.parametrize("cases", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_launchers_agree_with_references(cases, tmp_path):
+    assert run_script(SCRIPT.replace("CASES", cases), tmp_path).endswith("agreed")
 
 
 def test_importing_the_launchers_does_not_import_triton(tmp_path):
