@@ -8,6 +8,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+EVERY_RUN = {"gradients_without_gradients", "implicit_differentiation", "learning_rate", "vmap_over_tasks"}
 sys.path.append(str(FOLDER))
 
 import run_notebooks  # noqa: E402
@@ -25,7 +26,14 @@ def test_there_are_notebooks():
     assert len(NOTEBOOKS) >= 2
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_of_every_run_exist():
+    assert {path.stem for path in NOTEBOOKS} > EVERY_RUN
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem in EVERY_RUN else pytest.mark.slow, id=p.stem) for p in NOTEBOOKS],
+)
 def test_notebook_runs(path):
     notebook = run_notebooks.execute(path)
     said = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
