@@ -6,8 +6,9 @@
 
 The lowest level trains on digits of which half have a wrong label, the middle one weighs these digits by what A says
 of the classifier, and since A has but 40 images, the weights may overfit it. The top level sets the strength of their
-prior by other data. It reads the classifier alone: it acts through the middle level's response, and a method that
-leaves responses of responses out gives it a gradient of exactly 0 (`response="partial"` shows it).
+prior by other data. It reads the classifier alone, and acts on it through the middle level's response, whose own
+condition counts that the classifier moves with the weights; `response="partial"` leaves that out, and gives the top
+level another gradient.
 
 The plain rival trains on all three sets together.
 
