@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff import while_loop
+from diffopt.linalg.stopping import nonzero
 from diffopt.solvers.solution import CONVERGED, REFUSED, STALLED
 
 __all__ = ["Bisection", "BisectionState", "Brent", "BrentState", "ScalarEquation"]
@@ -95,6 +96,9 @@ class Bisection:
 
     Finds a change of sign, which of a function that jumps need not be a root.
 
+    Raises:
+        ValueError: When run, if there is no bracket.
+
     Example:
         >>> from diffopt.solvers import root_scalar
         >>> root_scalar(lambda x: x**2 - 2, bracket=(0.0, 2.0), solver=Bisection(), atol=1e-6).value
@@ -173,6 +177,9 @@ class Brent:
         resolution: The least step; None is :math:`\varepsilon^{3/4}` times the bracket, or that itself if the bracket
             is wider than 1.
 
+    Raises:
+        ValueError: When run, if there is no bracket.
+
     Example:
         >>> from diffopt.solvers import root_scalar
         >>> root_scalar(lambda x, a: x**2 - a, args=(torch.tensor(2.0),), bracket=(0.0, 2.0), solver=Brent()).value
@@ -242,7 +249,7 @@ def _judged(code: Tensor, state: Any, nearest: Tensor) -> Tensor:
 def _interpolated(state: BrentState, half: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """The step to where the secant, or the inverse parabola, vanishes, and whether to trust it."""
     (a, b, c), (fa, fb, fc), (_, e) = state.points, state.values, state.moves
-    s, t, r = fb / _nonzero(fa), fa / _nonzero(fc), fb / _nonzero(fc)
+    s, t, r = fb / nonzero(fa), fa / nonzero(fc), fb / nonzero(fc)
     secant = a == c
     p = torch.where(secant, 2 * half * s, s * (2 * half * t * (t - r) - (b - a) * (r - 1)))
     q = torch.where(secant, 1 - s, (t - 1) * (r - 1) * (s - 1))
@@ -250,7 +257,7 @@ def _interpolated(state: BrentState, half: Tensor, least: Tensor) -> tuple[Tenso
     p = p.abs()
     useful = (e.abs() >= least) & (fa.abs() > fb.abs())
     inside = (2 * p < 3 * half * q - (least * q).abs()) & (p < (e * q).abs() / 2)
-    return p / _nonzero(q), useful & inside & (q != 0)
+    return p / nonzero(q), useful & inside & (q != 0)
 
 
 def _ordered(
@@ -266,7 +273,3 @@ def _ordered(
     fb, fc = torch.where(swap, fc, fb), torch.where(swap, fb, fc)
     a, fa = torch.where(swap, c, a), torch.where(swap, fc, fa)
     return torch.stack([a, b, c]), torch.stack([fa, fb, fc]), torch.stack([d, e])
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from diffopt.linalg import QR, lstsq, matrix_operator
+from diffopt.linalg.stopping import nonzero
 from diffopt.solvers.levenberg_marquardt import tried
+from diffopt.solvers.newton_cg import to_boundary
 from diffopt.solvers.residuals import Linearized, Residuals
 
 __all__ = ["Dogleg", "DoglegState"]
@@ -83,24 +85,16 @@ def _step_within(state: DoglegState) -> Tensor:
     """The point of the dogleg at the border of the region, or its end; without a Gauss-Newton step, its first leg."""
     g, radius = state.residual, state.radius
     image = state.jacobian @ g
-    descent = -(g @ g) / _nonzero(image @ image) * g
+    descent = -(g @ g) / nonzero(image @ image) * g
     newton = lstsq(matrix_operator(state.jacobian), -state.errors, QR(), throw=False)
     regular = newton.isfinite().all()
     newton = torch.where(regular, newton, descent)
     first = descent * (radius / _norm(descent)).clamp(max=1.0)
     leg = newton - descent
-    a, b, c = descent @ descent, leg @ leg, descent @ leg
-    room = (radius**2 - a).clamp(min=0.0)
-    beta = room / _nonzero(c + (c * c + b * room).clamp(min=torch.finfo(c.dtype).tiny).sqrt())
-    beta = torch.where(c > 0, beta, ((c * c + b * room).clamp(min=torch.finfo(c.dtype).tiny).sqrt() - c) / _nonzero(b))
-    bent = torch.where(a < radius**2, descent + beta * leg, first)
+    bent = torch.where(descent @ descent < radius**2, descent + to_boundary(descent, leg, radius) * leg, first)
     return torch.where(newton @ newton <= radius**2, newton, bent)
 
 
 def _norm(v: Tensor) -> Tensor:
     """The norm, with a derivative at zero."""
     return (v @ v).clamp(min=torch.finfo(v.dtype).tiny).sqrt()
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)

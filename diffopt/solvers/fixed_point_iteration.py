@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FixedPointIteration", "FixedPointState"]
+__all__ = ["FixedPointIteration", "FixedPointState", "started"]
 
 
 class FixedPointState(NamedTuple):
@@ -44,9 +44,14 @@ class FixedPointIteration:
 
     def init(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> FixedPointState:
         """The state at the start."""
-        return FixedPointState(x, fn(x) - x, torch.zeros((), dtype=torch.bool, device=x.device))
+        return started(fn, x)
 
     def step(self, fn: Callable[[Tensor], Tensor], state: FixedPointState) -> FixedPointState:
         """The state after one step."""
         x = state.x + self.damping * state.residual
         return FixedPointState(x, fn(x) - x, (x == state.x).all())
+
+
+def started(fn: Callable[[Tensor], Tensor], x: Tensor) -> FixedPointState:
+    """The state at the start, of solvers that keep no more than the iterate."""
+    return FixedPointState(x, fn(x) - x, torch.zeros((), dtype=torch.bool, device=x.device))

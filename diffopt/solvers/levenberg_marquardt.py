@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.linalg import CG, Dense, LinearSolver, matrix_operator
 from diffopt.linalg.solve import solve_flat
+from diffopt.linalg.stopping import nonzero
 from diffopt.solvers.residuals import Linearized, Residuals
 
 __all__ = ["LMState", "LevenbergMarquardt", "tried"]
@@ -20,7 +21,7 @@ _LEAST_GAIN = 1e-4
 
 
 class LMState(NamedTuple):
-    """The iterate, what vanishes at a solution, whether no step can be made, the value, and the rest.
+    r"""The iterate, what vanishes at a solution, whether no step can be made, the value, and the rest.
 
     Attributes:
         x: The iterate.
@@ -30,7 +31,7 @@ class LMState(NamedTuple):
         errors: The residuals.
         slope: The gradient.
         jacobian: The Jacobian, without rows where the solver works by products.
-        damping: :math:`\\mu`.
+        damping: :math:`\mu`.
         growth: What a rejected step multiplies it by.
     """
 
@@ -90,7 +91,7 @@ class LevenbergMarquardt:
             largest = lengths.amax() if lengths.numel() else at.value
         else:
             image = problem.push(x, at.slope)
-            largest = image @ image / _nonzero(at.slope @ at.slope)
+            largest = image @ image / nonzero(at.slope @ at.slope)
         damping = self.damping * torch.where(largest > 0, largest, torch.ones_like(largest))
         failed = torch.zeros((), dtype=torch.bool, device=x.device)
         return _state(problem, x, at, failed, damping, torch.full_like(damping, 2.0))
@@ -137,8 +138,8 @@ def tried(
     # evaluated again where the value is known, so that a step out of the domain leaves no NaN in a derivative
     at = problem.linearized(torch.where(good | hidden, trial, x), before.jacobian.shape[0] > 0)
     # where rounding hides the change of the value, the slopes at both ends still tell it
-    by_slope = -((trial - x) @ (before.slope + at.slope)) / 2 / _nonzero(predicted)
-    ratio = torch.where(hidden, by_slope, (before.value - at.value) / _nonzero(predicted))
+    by_slope = -((trial - x) @ (before.slope + at.slope)) / 2 / nonzero(predicted)
+    ratio = torch.where(hidden, by_slope, (before.value - at.value) / nonzero(predicted))
     good = torch.where(hidden, by_slope > _LEAST_GAIN, good)
     at = Linearized(*(torch.where(good, new, old) for new, old in zip(at, before, strict=True)))
     return torch.where(good, trial, x), at, ratio, good
@@ -147,7 +148,3 @@ def tried(
 def _state(problem: Residuals, x: Tensor, at: Linearized, failed: Tensor, damping: Tensor, growth: Tensor) -> LMState:
     residual = problem.optimality(x, at.slope)
     return LMState(x, residual, failed, at.value, at.errors, at.slope, at.jacobian, damping, growth)
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff import grad, vjp, while_loop
+from diffopt.linalg.stopping import nonzero
 from diffopt.solvers.line_search import Backtracking, LineSearch
 from diffopt.solvers.objective import Objective
 
-__all__ = ["NewtonCG", "NewtonCGState", "hessian_product", "truncated_cg"]
+__all__ = ["NewtonCG", "NewtonCGState", "hessian_product", "to_boundary", "truncated_cg"]
 
 
 class NewtonCGState(NamedTuple):
@@ -36,7 +37,7 @@ class NewtonCG:
 
     Args:
         line_search: How far to go.
-        max_products: The most products with the Hessian in a step; None is twice the number of unknowns, and 20.
+        max_products: The most products with the Hessian in a step; None is twice the number of unknowns, at least 20.
 
     Example:
         >>> from diffopt.solvers import minimize
@@ -92,7 +93,7 @@ def truncated_cg(
         product: The product with `H`, symmetric.
         g: A vector.
         radius: A scalar, or None.
-        max_products: The most products; None is twice the number of unknowns, and 20.
+        max_products: The most products; None is twice the number of unknowns, at least 20.
 
     Returns:
         The minimizer `z`, and `H z`.
@@ -121,7 +122,7 @@ def truncated_cg(
             outside = torch.zeros_like(negative)
         else:
             outside = negative | (torch.linalg.vector_norm(c.z + alpha * c.p) >= radius)
-            alpha = torch.where(outside, _to_boundary(c.z, c.p, radius), alpha)
+            alpha = torch.where(outside, to_boundary(c.z, c.p, radius), alpha)
         r = c.r + alpha * Hp
         new = r @ r
         p = new / torch.where(c.square > 0, c.square, 1.0) * c.p - r
@@ -133,8 +134,8 @@ def truncated_cg(
     return end.z, end.Hz
 
 
-def _to_boundary(z: Tensor, p: Tensor, radius: Tensor) -> Tensor:
+def to_boundary(z: Tensor, p: Tensor, radius: Tensor) -> Tensor:
     r"""The positive :math:`\tau` with :math:`\|z + \tau p\|` the radius, without cancellation."""
     a, b, c = p @ p, z @ p, (radius * radius - z @ z).clamp(min=0)
     root = (b * b + a * c).clamp(min=torch.finfo(p.dtype).tiny).sqrt()
-    return torch.where(b > 0, c / (b + root), (root - b) / torch.where(a > 0, a, 1.0))
+    return torch.where(b > 0, c / nonzero(b + root), (root - b) / nonzero(a))

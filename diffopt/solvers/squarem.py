@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffopt.solvers.fixed_point_iteration import FixedPointState
+from diffopt.solvers.fixed_point_iteration import FixedPointState, started
 
 __all__ = ["SQUAREM", "Aitken"]
 
@@ -37,7 +37,7 @@ class Aitken:
 
     def init(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> FixedPointState:
         """The state at the start."""
-        return FixedPointState(x, fn(x) - x, torch.zeros((), dtype=torch.bool, device=x.device))
+        return started(fn, x)
 
     def step(self, fn: Callable[[Tensor], Tensor], state: FixedPointState) -> FixedPointState:
         """The state after one step."""
@@ -79,7 +79,7 @@ class SQUAREM:
 
     def init(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> FixedPointState:
         """The state at the start."""
-        return FixedPointState(x, fn(x) - x, torch.zeros((), dtype=torch.bool, device=x.device))
+        return started(fn, x)
 
     def step(self, fn: Callable[[Tensor], Tensor], state: FixedPointState) -> FixedPointState:
         """The state after one step."""

@@ -31,13 +31,14 @@ class TrustRegion:
 
     .. math:: \rho_k = \frac{f(x_k) - f(x_k + p_k)}{-g_k^\top p_k - \tfrac12 p_k^\top \nabla^2 f(x_k)\,p_k}
 
-    The radius is quartered where :math:`\rho_k < 1/4`, and doubled where :math:`\rho_k > 3/4` at the boundary.
+    The radius becomes a quarter of the step's length where :math:`\rho_k < 1/4`, and is doubled where
+    :math:`\rho_k > 3/4` at the boundary.
 
     Args:
         radius: The radius at the start.
         max_radius: The largest radius.
         accept: The least :math:`\rho_k` of a step that is taken.
-        max_products: The most products with the Hessian in a step; None is twice the number of unknowns, and 20.
+        max_products: The most products with the Hessian in a step; None is twice the number of unknowns, at least 20.
 
     Example:
         >>> from diffopt.solvers import minimize
