@@ -55,7 +55,8 @@ class ADMM:
 
     Raises:
         TypeError: If `solver` or `linear_solver` is not one.
-        ValueError: If `rho` is not positive, `adapt_steps` is negative, or `relaxation` not in (0, 2).
+        ValueError: If `rho` or `max_inner_steps` is not positive, `adapt_steps` is negative, or `relaxation` not in
+            (0, 2); or if the steps of `solver` are not torch operations.
 
     Example:
         >>> from diffopt.solvers import minimize

@@ -41,6 +41,9 @@ class Anderson:
         ridge: :math:`\lambda`, relative to the squared length of each change; None is :math:`8 \varepsilon`. A tensor
             carries gradient under `Unrolled`.
 
+    Raises:
+        ValueError: If `memory` is not a positive int.
+
     Example:
         >>> from diffopt.solvers import fixed_point
         >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])

@@ -51,7 +51,8 @@ class AugmentedLagrangian:
 
     Raises:
         TypeError: If `solver` is not a solver.
-        ValueError: If `penalty` or `max_inner_steps` is not positive, or `growth` not above 1.
+        ValueError: If `penalty` or `max_inner_steps` is not positive, or `growth` not above 1; if the steps of `solver`
+            are not torch operations; or, when run, if there are no constraints.
 
     Example:
         >>> from diffopt.solvers import minimize
@@ -61,7 +62,7 @@ class AugmentedLagrangian:
         (tensor([1.0000, 1.0000]), tensor(-2.0000))
 
     References:
-        Nocedal and Wright (2006), Numerical Optimization, algorithm 17.4. Birgin and Martinez (2014), Practical
+        Nocedal and Wright (2006), Numerical Optimization, framework 17.3. Birgin and Martinez (2014), Practical
         Augmented Lagrangian Methods for Constrained Optimization, algorithm 4.1.
     """
 

@@ -37,6 +37,9 @@ class Broyden:
         scale: The scale of the identity, about the inverse of the Jacobian's size; a tensor carries gradient under
             `Unrolled`.
 
+    Raises:
+        ValueError: If `start` is not one of these.
+
     Example:
         >>> from diffopt.solvers import root
         >>> root(lambda x, a: x**2 - a, torch.tensor(1.0), (torch.tensor(2.0),), solver=Broyden()).value

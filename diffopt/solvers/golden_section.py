@@ -42,6 +42,9 @@ class GoldenSection:
         lower: The lower end of the interval.
         upper: The upper end.
 
+    Raises:
+        ValueError: When run, if there is more than one unknown.
+
     Example:
         >>> from diffopt.solvers import minimize
         >>> start = torch.tensor(0.0, dtype=torch.float64)

@@ -16,7 +16,7 @@ from diffopt.autodiff import while_loop
 from diffopt.solvers.solution import CONVERGED, MAX_STEPS, NONFINITE, STALLED, Stats
 from diffopt.typing import Tree
 
-__all__ = ["Iteration", "Options", "Solver", "Stepped", "options"]
+__all__ = ["Iteration", "Solver", "Stepped", "options"]
 
 Norm: TypeAlias = Literal["max", "rms", "l2"] | Callable[[Tensor], Tensor]
 
@@ -49,7 +49,9 @@ class Solver(Protocol):
 
     A class may say more: `handles`, the structures of `minimize` that it takes; `batching = "sequential"`, if its steps
     are not torch operations; `truncatable = False`, if a step at a solution has no meaningful derivative; `unrollable =
-    False`, if no step has one; and a method `result(state, code)`, which refines how a run ended.
+    False`, if no step has one; `bracketing = True`, if it needs a `ScalarEquation` with both ends; `interval`, its own
+    bounds, or `hides_set = True`, if it has a set that `minimize` cannot see; and a method `result(state, code)`, which
+    refines how a run ended.
     """
 
     def init(self, fn: Callable[..., Any], x: Tensor) -> Any:
@@ -59,17 +61,6 @@ class Solver(Protocol):
     def step(self, fn: Callable[..., Any], state: Any) -> Any:
         """The state after one step."""
         ...
-
-
-class Options(NamedTuple):
-    """When a loop ends, and what it records."""
-
-    rtol: float
-    atol: float
-    norm: Norm
-    max_steps: int
-    callback: Callable[[Any], None] | None
-    history: bool
 
 
 def options(

@@ -41,6 +41,9 @@ class LBFGS:
         memory: The number of steps kept; 0 is steepest descent.
         line_search: How far to go.
 
+    Raises:
+        ValueError: If `memory` is not a non-negative int.
+
     Example:
         >>> from diffopt.solvers import minimize
         >>> rosenbrock = lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()

@@ -57,6 +57,9 @@ class LBFGSB:
         memory: The number of steps kept.
         line_search: How far to go towards the model's minimizer; no further, so that the bounds hold.
 
+    Raises:
+        ValueError: If `memory` is not a positive int, or the search may go further than the model's minimizer.
+
     Example:
         >>> from diffopt.solvers import minimize
         >>> loss = lambda x: ((x - torch.tensor([2.0, 0.5])) ** 2).sum()

@@ -58,7 +58,7 @@ class _Line(NamedTuple):
         """The point of a step, not yet accepted, and the derivative there."""
         x = torch.addcmul(self.x, step, self.p)
         f, g = self.objective.value_and_grad(x)
-        return Point(x, f, g, step, f != f), g @ self.p
+        return Point(x, f, g, step, torch.zeros_like(f, dtype=torch.bool)), g @ self.p
 
     def lower(self, point: Point, d: Tensor, c1: Any) -> Tensor:
         """Whether the function decreased sufficiently, or would have but for rounding."""
@@ -171,6 +171,9 @@ class Backtracking:
         increase: The factor of a step that is too short, until one is too long.
         max_steps: The most evaluations.
 
+    Raises:
+        ValueError: If `condition` is not one of these.
+
     Example:
         >>> from diffopt.solvers import Objective
         >>> x, one = torch.tensor([3.0]), torch.tensor(1.0)
@@ -199,7 +202,7 @@ class Backtracking:
 
         def narrowed(z: _Interval, point: Point, d: Tensor) -> _Interval:
             lower = line.lower(point, d, self.c1) & ~line.grows(point, d)
-            long, short = ~lower, z.bracketed & ~z.bracketed
+            long, short = ~lower, torch.zeros_like(lower)
             if self.condition == "goldstein":
                 short = point.value < value + (1 - self.c1) * point.step * line.d0
             elif self.condition != "armijo":

@@ -90,6 +90,10 @@ def minimize(
         >>> solution = minimize(loss, torch.zeros(2), (torch.tensor([1.0, 3.0]),))
         >>> solution.value
         tensor([0.5898, 1.0000])
+
+    References:
+        Nocedal and Wright (2006), Numerical Optimization, chapters 6, 7 and 17. Parikh and Boyd (2014), Proximal
+        algorithms, section 4.2.
     """
     settings = options(rtol, atol, norm, max_steps, callback, history)
     constrained = equality is not None or inequality is not None
@@ -102,6 +106,9 @@ def minimize(
     if projection is not None:
         prox = lambda x, scaling: projection(x)  # noqa: E731
     start = _with_multipliers(init, args, equality, inequality) if constrained else init
+    structure = (
+        "constraints" if constrained else "bounds" if bounds is not None else "prox" if prox is not None else None
+    )
     edges = getattr(solver, "interval", None) if bounds is None else bounds
     problem = functools.partial(_objective, fn, prox, edges, equality, inequality, tree.map(torch.detach, init))
 
@@ -114,7 +121,6 @@ def minimize(
         vector, unravel = tree.ravel(y)
         return unravel(problem(unravel, args).optimality(vector))
 
-    structure = "constraints" if constrained else "bounds" if bounds is not None else "prox" if prox else None
     solver = _DEFAULTS[structure] if solver is None else solver
     if structure is not None and structure not in getattr(solver, "handles", ()):
         raise ValueError(f"{type(solver).__name__} cannot handle {found[0]}; {_ADVICE[structure]}")
@@ -187,7 +193,7 @@ def _objective(fn, prox, bounds, equality, inequality, init: Tree, unravel: Call
         return tree.ravel(moved)[0]
 
     if equality is None and inequality is None:
-        return Objective(value, prox and on_vectors, *flat_bounds(bounds, init), unravel=unravel)
+        return Objective(value, None if prox is None else on_vectors, *flat_bounds(bounds, init), unravel=unravel)
     h, c = (None if g is None else lambda x, g=g: tree.ravel(g(unravel(x), *args))[0] for g in (equality, inequality))
     equations, inequalities = (0 if g is None else g(example.detach()).numel() for g in (h, c))
     sizes = example.numel(), equations, inequalities

@@ -92,6 +92,7 @@ class MirrorDescent:
         max_backtracks: The most halvings of the step size in a step.
 
     Raises:
+        TypeError: If `mirror` has no maps to the dual and back.
         ValueError: If `step_size` is not positive, or, when run, no projection was given.
 
     Example:

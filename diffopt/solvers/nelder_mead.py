@@ -39,7 +39,7 @@ class NelderMead:
 
     Args:
         adaptive: Whether the coefficients depend on the number of unknowns, which helps from about ten on.
-        initial: The relative size of the first simplex.
+        initial: The relative size of the first simplex; where an unknown starts at 0, a twentieth of it is its size.
 
     Example:
         >>> from diffopt.solvers import minimize

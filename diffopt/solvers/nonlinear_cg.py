@@ -43,6 +43,9 @@ class NonlinearCG:
         line_search: How far to go; strong Wolfe conditions with `c2` below 1/2 are needed.
         restart: The largest :math:`|g_{k+1}^\top g_k| / \|g_{k+1}\|^2` without a new start.
 
+    Raises:
+        ValueError: If `method` is not one of these.
+
     Example:
         >>> from diffopt.solvers import minimize
         >>> rosenbrock = lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()

@@ -37,6 +37,9 @@ class FromOptimizer:
     Args:
         optimizer: A gradient transformation.
 
+    Raises:
+        TypeError: If `optimizer` is not a gradient transformation.
+
     Example:
         >>> from diffopt import sgd
         >>> from diffopt.solvers import minimize

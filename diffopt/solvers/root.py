@@ -66,9 +66,11 @@ def root(
         >>> solution = root(lambda x, a: torch.cos(x) + a - x, torch.tensor(0.5), (torch.tensor(0.0),))
         >>> solution.value, solution.message
         (tensor(0.7391), 'converged')
+
+    References:
+        Nocedal and Wright (2006), Numerical Optimization, chapter 11.
     """
     settings = options(rtol, atol, norm, max_steps, callback, history)
-
     equation = shaped("root", fn, "one equation for each unknown. For residuals use `least_squares`")
 
     def problem(unravel, args):

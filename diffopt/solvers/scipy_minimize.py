@@ -27,7 +27,6 @@ _TIGHT = {
     "trust-ncg": {"gtol": 1e-10},
     "nelder-mead": {"xatol": 1e-9, "fatol": 1e-16, "adaptive": True},
     "powell": {"xtol": 1e-9, "ftol": 1e-16},
-    "cobyla": {"tol": 1e-9, "maxiter": 20000},
     "cobyqa": {"final_tr_radius": 1e-9},
 }
 
@@ -53,6 +52,9 @@ class SciPyMinimize:
     Args:
         method: A method for unconstrained problems or bounds, such as "L-BFGS-B".
         options: SciPy's options, added to these tolerances.
+
+    Raises:
+        ValueError: If `method` is not one of those that solve unconstrained problems.
 
     Example:
         >>> from diffopt.solvers import minimize

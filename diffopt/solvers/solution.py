@@ -35,7 +35,8 @@ class Stats(NamedTuple):
 
     Attributes:
         steps: The steps taken, an int tensor.
-        error: The norm of the residual at the solution, of which the tolerances speak.
+        error: The norm of the residual, of which the tolerances speak, at the last iterate; where the solve did not
+            converge, the value may be an earlier one.
         history: The norm at the start and after each step, shape `(max_steps + 1,)`, NaN after the last; empty unless
             asked for.
     """
