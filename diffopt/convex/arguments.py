@@ -15,6 +15,7 @@ from diffopt.typing import Numeric, Tree
 __all__ = [
     "ProjectionError",
     "check_matrix",
+    "check_tensor",
     "check_vector",
     "detached",
     "flatten_floating",
@@ -75,8 +76,7 @@ def spread(
 def _spread_leaf(value, leaf, name, at_least):
     if not isinstance(value, Tensor) or value.ndim == 0:
         return scalar(value, name, leaf, at_least=at_least)
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating-point tensor; got {value.dtype}.")
+    check_tensor(value, name)
     ends = leaf.shape[leaf.ndim - value.ndim :]
     if value.ndim > leaf.ndim or any(v not in (1, n) for v, n in zip(value.shape, ends, strict=True)):
         raise ValueError(
@@ -95,11 +95,16 @@ def spread_vector(value: Tree, x: Tree, name: str) -> Tensor:
     return torch.cat([v.reshape(-1) for v in full])
 
 
-def check_matrix(value: Tensor, name: str, columns: int | None = None) -> None:
-    """Raise unless a value is a floating-point matrix, with as many columns as there are unknowns."""
+def check_tensor(value: Tensor, name: str) -> None:
+    """Raise unless a value is a floating-point tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"`{name}` must be a floating-point tensor; got {found}.")
+
+
+def check_matrix(value: Tensor, name: str, columns: int | None = None) -> None:
+    """Raise unless a value is a floating-point matrix, with as many columns as there are unknowns."""
+    check_tensor(value, name)
     if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
         wanted = "(rows, columns)" if columns is None else f"(rows, {columns}), a column for each entry of `x`"
         raise ValueError(
@@ -110,9 +115,7 @@ def check_matrix(value: Tensor, name: str, columns: int | None = None) -> None:
 
 def check_vector(value: Tensor, name: str, size: int) -> None:
     """Raise unless a value is a floating-point vector of that size."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"`{name}` must be a floating-point tensor; got {found}.")
+    check_tensor(value, name)
     if value.shape != (size,):
         raise ValueError(f"`{name}` must have shape ({size},); got {tuple(value.shape)}.")
 

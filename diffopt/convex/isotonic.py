@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff import while_loop
-from diffopt.convex.arguments import check_vector, unless
+from diffopt.convex.arguments import check_tensor, check_vector, unless
 
 __all__ = ["isotonic_regression"]
 
@@ -40,10 +40,11 @@ def isotonic_regression(y: Tensor, weights: Tensor | None = None, *, increasing:
         Best and Chakravarti, "Active set algorithms for isotonic regression", Mathematical Programming 1990, section 2.
         Blondel et al., "Fast differentiable sorting and ranking", ICML 2020, proposition 4.
     """
-    if not isinstance(y, Tensor) or y.ndim != 1:
-        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"`y` must be a vector; got {found}. Map over several sequences with torch.func.vmap.")
-    check_vector(y, "y", y.shape[0])
+    check_tensor(y, "y")
+    if y.ndim != 1:
+        raise ValueError(
+            f"`y` must be a vector; got {tuple(y.shape)}. Map over several sequences with torch.func.vmap."
+        )
     if weights is None:
         weights = torch.ones_like(y.detach())
     check_vector(weights, "weights", y.shape[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffopt.autodiff import while_loop
 from diffopt.convex.arguments import report, unless
-from diffopt.convex.transport import check_marginals, hessian, ones_like_marginals, outer_sum
+from diffopt.convex.transport import causes, check_marginals, hessian, ones_like_marginals, outer_sum
 from diffopt.implicit import custom_root
 
 __all__ = ["kl_projection_birkhoff", "kl_projection_transport"]
@@ -68,14 +68,7 @@ def kl_projection_transport(
     missing = (plan.detach().sum(1) - a.detach()).abs().amax()
     converged = converged & (missing <= 1e-6 * a.detach().amax())  # large entries take the digits of the multipliers
     plan = plan.mT if X.shape[0] > X.shape[1] else plan
-    return report(
-        converged,
-        plan.to(X.dtype),
-        throw,
-        "kl_projection_transport did not reach the marginals. Likely causes: the argument holds NaN or inf; so many "
-        "entries are -inf that no plan is left; its entries are of magnitudes too far apart (raise the temperature); "
-        "max_steps is too small.",
-    )
+    return report(converged, plan.to(X.dtype), throw, causes("kl_projection_transport", " (raise the temperature)"))
 
 
 def kl_projection_birkhoff(X: Tensor, *, max_steps: int = 50, throw: bool = True) -> Tensor:

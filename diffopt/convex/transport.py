@@ -12,6 +12,7 @@ from diffopt.autodiff import while_loop
 from diffopt.convex.arguments import check_matrix, check_vector, report, unless
 
 __all__ = [
+    "causes",
     "check_marginals",
     "hessian",
     "ones_like_marginals",
@@ -78,7 +79,7 @@ def projection_transport(
     base = found + (free - free.detach())
     missing = torch.cat([rows - base.sum(1), columns - base.sum(0)])
     plan = torch.where(support, (base + outer_sum(laplacian @ missing, X.shape)).clamp(min=0), 0.0)
-    return report(converged, plan.to(X.dtype), throw, _causes("projection_transport"))
+    return report(converged, plan.to(X.dtype), throw, causes("projection_transport"))
 
 
 def projection_birkhoff(X: Tensor, *, max_steps: int = 50, throw: bool = True) -> Tensor:
@@ -205,8 +206,9 @@ def hessian(slopes: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([slopes.mT, torch.diag(slopes.sum(0))], 1)])
 
 
-def _causes(name: str) -> str:
+def causes(name: str, advice: str = "") -> str:
+    """What to say where the marginals were not reached, with what to do about magnitudes."""
     return (
         f"{name} did not reach the marginals. Likely causes: the argument holds NaN or inf; so many entries are -inf "
-        "that no plan is left; its entries are of magnitudes too far apart; max_steps is too small."
+        f"that no plan is left; its entries are of magnitudes too far apart{advice}; max_steps is too small."
     )

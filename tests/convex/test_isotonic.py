@@ -65,5 +65,6 @@ def test_what_is_refused():
         isotonic_regression(torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="`weights` must be positive"):
         isotonic_regression(torch.ones(3), torch.tensor([1.0, 0.0, 1.0]))
-    with pytest.raises(TypeError, match="floating-point"):
-        isotonic_regression(torch.arange(3))
+    for y in (torch.arange(3), [1.0, 2.0]):
+        with pytest.raises(TypeError, match="`y` must be a floating-point tensor"):
+            isotonic_regression(y)
