@@ -148,6 +148,9 @@ class Implicit:
         linear_solver: For the adjoint system; None takes `Dense` up to 256 unknowns, beyond that `CG` for minimizers of
             smooth functions and `GMRES` for all else.
 
+    Raises:
+        TypeError: If `linear_solver` is not a linear solver.
+
     References:
         Blondel et al. (2022), Efficient and modular implicit differentiation, eq. 2.
     """
@@ -206,7 +209,11 @@ class Unrolled:
         checkpoint: None stores every step; "sqrt", "log" or an int store fewer carries and compute steps again, as in
             `unroll`. The solve then runs twice: first to count its steps.
         truncate: k solves without derivative, then takes k more steps and differentiates those alone. Solvers that
-            learn the curvature from their steps refuse: at a solution those steps are rounding errors.
+            learn the curvature from their steps, or adapt a radius, a damping or a penalty by them, refuse: at a
+            solution those steps are rounding errors.
+
+    Raises:
+        ValueError: If an option is none of these; when used, if the solver's steps have no such derivative.
 
     References:
         Domke (2012), Generic methods for optimization-based modeling. Shaban et al. (2019), Truncated back-propagation
@@ -232,8 +239,9 @@ class Unrolled:
             raise ValueError("this solver compares values, and its steps have no derivative: use Implicit()")
         if self.truncate is not None and not run.truncatable:
             raise ValueError(
-                "this solver learns the curvature from its steps, which at a solution are rounding errors, so the last "
-                "steps alone have no meaningful derivative: use Implicit(), or Unrolled() without truncate"
+                "this solver learns the curvature from its steps, or searches anew in each, which at a solution is all "
+                "rounding errors, so the last steps alone have no meaningful derivative: use Implicit(), or Unrolled() "
+                "without truncate"
             )
         carry = run.start(init, *args)
         if self.checkpoint is None and self.truncate is None:
@@ -278,6 +286,9 @@ class OneStep:
             :math:`1 / L` for a minimizer of curvature up to `L`, or :math:`2 / (L + m)` for one between `m` and `L`,
             or the error is no smaller than the derivative. Not for `equality` and `inequality`: a step of their
             equation does not contract, and the derivative of the unknowns in a parameter of a constraint is 0.
+
+    Raises:
+        TypeError: If `step_size` is not a number or a tensor.
 
     References:
         Bolte, Pauwels and Vaiter (2023), One-step differentiation of iterative algorithms, eq. 4.

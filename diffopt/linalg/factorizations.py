@@ -43,8 +43,8 @@ class LU:
         A = _matrix(bound, "LU")
         sound = A.isfinite().all()
         # LAPACK gives no pivots for NaN
-        LU, pivots, info = torch.linalg.lu_factor_ex(torch.where(sound, A, _eye(A)))
-        P, L, U = torch.lu_unpack(LU, pivots)
+        factors, pivots, info = torch.linalg.lu_factor_ex(torch.where(sound, A, _eye(A)))
+        P, L, U = torch.lu_unpack(factors, pivots)
 
         def solve(b):
             # not lu_solve, which is wrong where vmap maps over both; and one factorization where it maps over b alone
@@ -194,6 +194,9 @@ class SVD:
         rcond: singular values up to this fraction of the largest are taken for zero; None is
             :math:`\varepsilon \max(m, n)`. The derivative holds where no singular value crosses it.
 
+    Raises:
+        ValueError: if `rcond` is negative.
+
     Example:
         >>> from diffopt.linalg import lstsq
         >>> lstsq(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([1.0, 3.0]), SVD())
@@ -254,6 +257,7 @@ class SVD:
 
 
 def by_inverse(bound: Bound, b: Tensor) -> Tensor:
+    """The solution by the dense inverse, which torch differentiates rightly where it does not a solve."""
     return torch.linalg.inv(bound.dense()) @ b
 
 

@@ -29,6 +29,9 @@ class GMRES:
         preconditioner: an approximation of :math:`A^{-1}` applied from the right, as an operator or a function of the
             vector (a tree like `b`). It carries no gradient.
 
+    Raises:
+        ValueError: if a tolerance is negative, or `restart` or `max_restarts` is not a positive int.
+
     Example:
         >>> from diffopt.linalg import linear_solve, matrix_operator
         >>> linear_solve(matrix_operator(torch.tensor([[0.0, 2.0], [-1.0, 0.0]])), torch.ones(2), GMRES())

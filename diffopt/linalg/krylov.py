@@ -45,6 +45,11 @@ class CG:
         preconditioner: an approximation of :math:`A^{-1}`, symmetric positive definite, as an operator or a function
             of the vector (a tree like `b`). It carries no gradient: the solution does not depend on it.
 
+    Raises:
+        ValueError: if a tolerance is negative, or a number of steps is not a positive int; when used, if the
+            operator is not tagged symmetric.
+        TypeError: if `damping` is not a number or a 0-d tensor.
+
     Example:
         >>> from diffopt.linalg import linear_solve, matrix_operator
         >>> A = matrix_operator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), tags=["positive_definite"])
@@ -106,6 +111,9 @@ class NormalCG:
         rtol: stop at :math:`\|r\| \le \text{rtol}\,\|b\|`; None is :math:`\varepsilon^{2/3}` of the dtype.
         atol: stop at :math:`\|r\| \le \text{atol}`, too.
         max_steps: the most steps; None is `max(50, 10 n)`.
+
+    Raises:
+        ValueError: if a tolerance is negative, or a number of steps is not a positive int.
 
     Example:
         >>> from diffopt.linalg import linear_solve, matrix_operator
@@ -197,6 +205,9 @@ class BiCGStab:
         max_steps: the most steps; None is `max(50, 10 n)`.
         preconditioner: an approximation of :math:`A^{-1}` applied from the right, as an operator or a function of the
             vector (a tree like `b`). It carries no gradient.
+
+    Raises:
+        ValueError: if a tolerance is negative, or a number of steps is not a positive int.
 
     Example:
         >>> from diffopt.linalg import linear_solve

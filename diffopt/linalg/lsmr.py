@@ -29,6 +29,9 @@ class LSMR:
         atol: stop at :math:`\|r\| \le \text{atol}`, too.
         max_steps: the most steps; None is `max(50, 10 max(m, n))`.
 
+    Raises:
+        ValueError: if a tolerance is negative, or `max_steps` is not a positive int.
+
     Example:
         >>> from diffopt.linalg import lstsq
         >>> lstsq(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.tensor([1.0, 3.0, 5.0]), LSMR())

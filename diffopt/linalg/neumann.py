@@ -27,6 +27,10 @@ class Neumann:
         n: the last power, also the number of products (one more from an initial guess).
         alpha: the step; a tensor carries gradient.
 
+    Raises:
+        ValueError: if `n` is not a non-negative int.
+        TypeError: if `alpha` is not a number or a 0-d tensor.
+
     Example:
         >>> from diffopt.linalg import linear_solve
         >>> linear_solve(torch.tensor([[0.5, 0.0], [0.0, 1.0]]), torch.ones(2), Neumann(2))

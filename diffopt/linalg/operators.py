@@ -280,6 +280,7 @@ def bound_of(matvec: Product, rmatvec: Product, domain: Space, codomain: Space) 
 
 
 def checked_tags(tags: Iterable[Tag], m: int, n: int, *known: Tag) -> frozenset[Tag]:
+    """Tags with what is known, once they are known to be tags, and the operator to be square if there are any."""
     if isinstance(tags, str):
         raise TypeError(f"tags must be a collection of strings; got {tags!r}, write tags=[{tags!r}]")
     found = frozenset((*tags, *known))

@@ -29,6 +29,10 @@ class IterativeRefinement:
         rtol: stop at :math:`\|r\| \le \text{rtol}\,\|b\|`, and fail above it. None refines to
             :math:`10 \varepsilon`, and fails above :math:`\varepsilon^{2/3}`.
 
+    Raises:
+        ValueError: if `rtol` is negative, or `max_steps` is not a positive int.
+        TypeError: if `solver` is not a linear solver, or a truncated series.
+
     Example:
         >>> from diffopt.linalg import LU, linear_solve
         >>> linear_solve(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([3.0, 4.0]), IterativeRefinement(LU()))

@@ -44,7 +44,7 @@ class ConvergenceWarning(UserWarning):
 class LinearStats(NamedTuple):
     r"""How a solve ended; carries no gradient. With several right sides, one entry for each.
 
-    Args:
+    Attributes:
         converged: bool, what `throw=True` would have raised on.
         residual: the relative residual :math:`\|b - A x\| / \|b\|`.
         steps: int, the steps of an iterative solver, 0 for a direct one.
