@@ -16,6 +16,7 @@ from diffopt import (
     transforms,
     tree,
     typing,
+    visual,
     zero_order,
 )
 from diffopt.autodiff import (
@@ -75,6 +76,7 @@ __all__ = [
     "typing",
     "unroll",
     "value_and_grad",
+    "visual",
     "while_loop",
     "zero_order",
 ]
