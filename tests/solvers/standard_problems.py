@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PROBLEMS", "Problem", "batch_of_starts", "digits", "finite_difference", "quartic", "rosenbrock"]
+__all__ = ["PROBLEMS", "Problem", "batch_of_starts", "digits", "f64", "finite_difference", "quartic", "rosenbrock"]
 
 
 class Problem(NamedTuple):

@@ -8,19 +8,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from diffopt.implicit import Unrolled
 from diffopt.solvers import LBFGS, LBFGSB, AugmentedLagrangian, Objective, ProximalGradient, SolverError, minimize
+from solvers.standard_problems import f64, finite_difference
 
 F64 = torch.float64
-STEP = 1e-5  # of central differences
 TIGHT = {"rtol": 0.0, "atol": 1e-10}
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
-
-
-def differences(fn, x):
-    units = STEP * torch.eye(x.numel(), dtype=F64)
-    return torch.stack([(fn(x + e) - fn(x - e)) / (2 * STEP) for e in units], -1)
 
 
 def quadratic_program(n=5, m=2, p=3):
@@ -73,9 +64,11 @@ def test_inequalities_against_slsqp_and_their_derivatives():
     assert 0 < active.sum() < 3
     assert (found[5:] >= 0).all()
     jacobian = jacrev(inequality_program)(D)
-    assert torch.allclose(jacobian, differences(lambda d: inequality_program(d, **TIGHT), D), atol=1e-5)
+    assert torch.allclose(jacobian, finite_difference(lambda d: inequality_program(d, **TIGHT), D), atol=1e-5)
     assert (jacobian[:, ~active] == 0).all(), "an inactive constraint moves nothing"
-    assert torch.allclose(jacobian[:, active], differences(lambda d: inequality_program(d, **TIGHT), D)[:, active])
+    assert torch.allclose(
+        jacobian[:, active], finite_difference(lambda d: inequality_program(d, **TIGHT), D)[:, active]
+    )
 
 
 def test_bounds_as_inequalities_equal_bounds():
@@ -113,7 +106,7 @@ def test_both_kinds_at_once_on_trees():
     assert u[0] <= 0.5 + 1e-7
     assert torch.allclose(u, f64(0.5, -0.5), atol=1e-6)
     slopes = jacrev(lambda a: solve(a).value["u"])(f64(1.0, -0.4))
-    there = differences(lambda a: minimize(
+    there = finite_difference(lambda a: minimize(
         loss, init, (a,), equality=equality, inequality=inequality, **TIGHT).value["u"], f64(1.0, -0.4))  # fmt: skip
     assert torch.allclose(slopes, there, atol=1e-6)
 

@@ -16,6 +16,7 @@ from diffopt.solvers import (
     least_squares,
 )
 from diffopt.solvers.solution import CONVERGED, MAX_STEPS, NONFINITE, REFUSED, STALLED
+from solvers.standard_problems import finite_difference
 
 DOSE = torch.tensor([0.038, 0.194, 0.425, 0.626, 1.253, 2.5, 3.74], dtype=torch.float64)
 RATE = torch.tensor([0.05, 0.127, 0.094, 0.2122, 0.2729, 0.2665, 0.3317], dtype=torch.float64)
@@ -75,11 +76,6 @@ def fitted(name, rate, adjoint=None):
     return least_squares(enzyme, START, (rate,), solver=SOLVERS[name], adjoint=adjoint, **TIGHT).value
 
 
-def differences(f, x, step=1e-5):
-    columns = [(f(x + step * e) - f(x - step * e)) / (2 * step) for e in torch.eye(x.numel(), dtype=x.dtype)]
-    return torch.stack(columns, -1)
-
-
 @pytest.mark.parametrize("name", DAMPED)
 @pytest.mark.parametrize("problem", STANDARD)
 def test_standard_problems(problem, name):
@@ -108,7 +104,7 @@ def test_against_scipy(problem):
 def test_the_enzyme_fit_and_its_derivatives(name):
     torch.testing.assert_close(fitted(name, RATE), FITTED, **PUBLISHED)
     jacobian = jacrev(lambda y: fitted(name, y))(RATE)
-    torch.testing.assert_close(jacobian, differences(lambda y: fitted("lm", y), RATE), rtol=0, atol=1e-7)
+    torch.testing.assert_close(jacobian, finite_difference(lambda y: fitted("lm", y), RATE, 1e-5), rtol=0, atol=1e-7)
     torch.testing.assert_close(jacfwd(lambda y: fitted(name, y))(RATE), jacobian, rtol=1e-9, atol=1e-11)
     leaf = RATE.clone().requires_grad_()
     for adjoint in (Implicit(), Unrolled()):
@@ -121,7 +117,9 @@ def test_second_derivatives():
         return fitted("lm", y, adjoint)[1]
 
     implicit = hessian(lambda y: f(y, Implicit()))(RATE)
-    torch.testing.assert_close(implicit, differences(grad(lambda y: f(y, Implicit())), RATE), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        implicit, finite_difference(grad(lambda y: f(y, Implicit())), RATE, 1e-5), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(implicit, hessian(lambda y: f(y, Unrolled()))(RATE), rtol=0, atol=2e-5)
 
 

@@ -67,7 +67,7 @@ def test_directions_that_do_not_descend_fail_and_stay(method):
 
 
 @pytest.mark.parametrize("method", SEARCHES, ids=str)
-def test_functions_that_are_nan_on_the_way_fail_or_improve(method):
+def test_functions_that_are_nan_on_the_way_are_improved(method):
     fn = lambda x: torch.where(x[0] < 0.5, math.nan, (x * x).sum())  # noqa: E731
     point, value, *_ = search(method, fn, f64(1.0, 1.0), 1.0)
     assert bool(point.accepted)

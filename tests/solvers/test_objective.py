@@ -3,12 +3,7 @@
 import torch
 
 from diffopt.solvers import Objective
-
-F64 = torch.float64
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
+from solvers.standard_problems import f64
 
 
 def value(x):

@@ -20,13 +20,10 @@ from diffopt.convex import (
 )
 from diffopt.implicit import Unrolled
 from diffopt.solvers import Objective, ProximalGradient, SolverError, minimize
+from solvers.standard_problems import f64
 
 F64 = torch.float64
 STEP = 1e-5  # of central differences
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
 
 
 def regression(n=10, d=3, **options):
