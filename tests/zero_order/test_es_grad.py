@@ -200,10 +200,11 @@ def test_spsa_is_unbiased_and_of_the_published_variance():
     torch.testing.assert_close(found, 2 * slope @ slope / 2, rtol=0.05, atol=0)
 
 
-def test_compiled():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled(backend):
     g = es_grad(quadratic, SIGMA, 8)
     torch._dynamo.reset()
-    found = torch.compile(lambda x: g(KEY, x), backend="aot_eager", fullgraph=True)(X)
+    found = torch.compile(lambda x: g(KEY, x), backend=backend, fullgraph=True)(X)
     torch.testing.assert_close(found, g(KEY, X))
 
 

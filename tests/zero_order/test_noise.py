@@ -158,14 +158,15 @@ def test_gradients_are_those_of_the_formulas():
     assert torch.autograd.gradcheck(lambda w: accumulate(KEY, w, 7, start=2), weights)
 
 
-def test_compiled_functions_agree():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_functions_agree(backend):
     x = torch.linspace(-1, 2, 7, dtype=F64)
 
     def all_three(x, weights, i):
         return perturb(KEY, x, 0.3, i), accumulate(KEY, weights, 7, start=i), noise(KEY, 3, 2, start=i, dtype=F64)
 
     args = x, x[:3], torch.tensor(5)
-    compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")(*args)
+    compiled = torch.compile(all_three, fullgraph=True, backend=backend)(*args)
     torch.testing.assert_close(compiled, all_three(*args), **CLOSE)
 
 
