@@ -181,7 +181,8 @@ class Implicit:
         """See `Adjoint`."""
         solver, x, equation = self.linear_solver, response.x, response.equation
         tags: list[Tag] = ["positive_definite"] if equation.symmetric or isinstance(solver, CG) else []
-        jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags).transpose()
+        jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags)
+        jacobian = jacobian.transpose(trusted=equation.symmetric)
         start = None if getattr(solver, "truncated", False) else state
         u, stats = linear_solve(
             jacobian, cotangent, solver and solver.transposed(), init=start, throw=False, has_aux=True

@@ -169,7 +169,8 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
         small = 0 < space.size <= FEW and isinstance(solve, Dense | None)
         if small and plain_autograd() and not derivative_possible((x, weight, *inputs)):
             return _small_vjp(fn, x, inputs, weight, wanted)
-        u = solve_flat(jacobian(x, inputs).transpose(), weight, solve and solve.transposed(), failure="warn")
+        transposed = jacobian(x, inputs).transpose(trusted=symmetric)
+        u = solve_flat(transposed, weight, solve and solve.transposed(), failure="warn")
         part, primals = choose(lambda *values: fn(x, *values), inputs, wanted)
         found = iter(vjp(part, *primals)[1](-u) if primals else ())
         return tuple(next(found) if w else None for w in wanted)

@@ -136,12 +136,19 @@ class LinearOperator:
         """The product `A^T u`, a tree like the domain."""
         return self.domain.unravel(self.bind(*self.parameters).rmatvec(self.codomain.check(u, "u")))
 
-    def transpose(self) -> "LinearOperator":
-        """The operator `A^T`."""
+    def transpose(self, *, trusted: bool = True) -> "LinearOperator":
+        """The operator `A^T`.
+
+        Args:
+            trusted: Whether the tags are known to hold. If not, its products are those of the transpose also where it
+                is tagged symmetric, so that a solver's own check sees the right system.
+        """
 
         def bind(*parameters):
             bound = self.bind(*parameters)
-            return Bound(bound.rmatvec, bound.matvec, lambda: bound.dense().mT, bound.held, bound.matvec)
+            return Bound(
+                bound.rmatvec, bound.matvec, lambda: bound.dense().mT, bound.held, bound.matvec if trusted else None
+            )
 
         tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
         return dataclasses.replace(self, bind=bind, domain=self.codomain, codomain=self.domain, tags=tags)

@@ -173,3 +173,15 @@ def test_a_gradient_through_the_adjoint_of_a_captured_parameter():
     assert torch.allclose(torch.autograd.grad(found.sum(), w)[0], torch.tensor(-0.5, dtype=F64))
     by_grad = grad(lambda w: root_vjp(lambda x, a: w * x - a, X2, (X2,), torch.ones_like(X2))[0].sum())
     assert torch.allclose(by_grad(w.detach()), torch.tensor(-0.5, dtype=F64))
+
+
+def test_cg_on_a_jacobian_that_is_not_symmetric_is_noticed():
+    """CG is taken at its word, but what it solves is the true adjoint system, whose residual tells."""
+    A = torch.eye(8, dtype=torch.float64) + 0.05 * torch.ones(8, 8, dtype=torch.float64).triu(1) / 8**0.5
+    b, w = torch.ones(8, dtype=torch.float64), torch.linspace(1, 2, 8, dtype=torch.float64)
+    x = torch.linalg.solve(A, b)
+    exact = torch.linalg.solve(A.mT, w)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (found,) = root_vjp(lambda x, b: A @ x - b, x, (b,), w, solve=CG())
+    assert caught or torch.allclose(found, exact, rtol=1e-5)
