@@ -52,6 +52,8 @@ class NewtonCG:
     line_search: LineSearch = dataclasses.field(default_factory=Backtracking)
     max_products: int | None = None
 
+    truncatable = False  # its inner steps stop early, at a solution at once
+
     def init(self, fn: Any, x: Tensor) -> NewtonCGState:
         """The state at the start."""
         value, slope = Objective.of(fn).value_and_grad(x)

@@ -56,6 +56,8 @@ class TrustRegion:
     accept: float = 1e-4
     max_products: int | None = None
 
+    truncatable = False  # its inner steps stop early, at a solution at once
+
     def init(self, fn: Any, x: Tensor) -> TrustRegionState:
         """The state at the start."""
         value, slope = Objective.of(fn).value_and_grad(x)

@@ -176,7 +176,8 @@ def summarize(total: Tensor, scale: float | Tensor) -> tuple[Tensor, EstimateInf
     sums, squares, losses, count = total[:-3], total[-3], total[-2], total[-1]
     found = sums / count / scale
     square = found @ found
-    variance = ((squares / count - square) / (count - 1)).clamp(min=0)
+    spread = ((squares / count - square) / (count - 1)).clamp(min=0)
+    variance = torch.where(count > 1, spread, torch.nan)  # of one direction it is 0/0 but for rounding
     return found, EstimateInfo(losses / count, variance, (square / variance).sqrt())
 
 

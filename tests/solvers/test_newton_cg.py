@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffopt.solvers import NewtonCG, Zoom, minimize
+from diffopt.implicit import Unrolled
+from diffopt.solvers import NewtonCG, TrustRegion, Zoom, minimize
 from diffopt.solvers.newton_cg import truncated_cg
 from solvers.minimizer_checks import check_by_hand, check_derivatives, check_lanes, check_memory, check_minimizer
 from solvers.standard_problems import PROBLEMS, f64
@@ -77,3 +78,16 @@ def test_derivatives():
 
 def test_memory_does_not_grow():
     check_memory(NewtonCG())
+
+
+@pytest.mark.parametrize("solver", [NewtonCG(), TrustRegion()], ids=["NewtonCG", "TrustRegion"])
+def test_the_last_steps_alone_are_refused(solver):
+    """At a solution the inner conjugate gradients stop at once, and the step's derivative is none."""
+    with pytest.raises(ValueError, match="no meaningful derivative"):
+        minimize(
+            lambda x, a: ((x - a) ** 2).sum(),
+            torch.ones(2),
+            (torch.zeros(2),),
+            solver=solver,
+            adjoint=Unrolled(truncate=2),
+        )

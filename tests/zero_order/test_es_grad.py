@@ -225,3 +225,10 @@ def test_compiled(backend):
 def test_bad_input_is_refused(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_direction_has_no_variance(seed):
+    _, info = es_grad(lambda x: (x**3).sum(), 0.1, 2)(random.key(seed), torch.tensor([0.3, 1.7, -2.9]))
+    assert info.variance.isnan()
+    assert info.signal_to_noise.isnan()

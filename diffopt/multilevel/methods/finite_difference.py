@@ -20,8 +20,9 @@ class FiniteDifference:
     .. math:: u = \eta\,\bar x, \qquad
               \bar\theta = -\,\frac{\nabla_\theta \Phi(x + \epsilon u) - \nabla_\theta \Phi(x - \epsilon u)}{2 \epsilon}
 
-    No graph of second order is built, so memory stays that of plain training. Biased: the inverse Hessian is replaced
-    by :math:`\eta I`, as in `OneStep`, whose exact mixed derivative this approximates.
+    No graph of second order is built, so memory stays that of plain training. Gradients are compared at other values,
+    so a `detach` in the lower loss does not hold here. Biased: the inverse Hessian is replaced by :math:`\eta I`, as in
+    `OneStep`, whose exact mixed derivative this approximates.
 
     Args:
         step_size: :math:`\eta`.

@@ -21,7 +21,8 @@ class SAMA:
 
     `A` is found by differentiating the optimizer's update in its gradient, so that every optimizer serves, its bias
     correction, weight decay and schedule included: for sgd it is the learning rate, for Adam its rates adapted to each
-    parameter. No graph of second order of the loss is built. Biased, as `FiniteDifference` is.
+    parameter. No graph of second order of the loss is built. Gradients are compared at other values, so a
+    `detach` in the lower loss does not hold here. Biased, as `FiniteDifference` is.
 
     Args:
         radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
