@@ -48,6 +48,7 @@ bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/draws.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/meta.py
 	$(BIN)/python benchmarks/zero_order.py
 	$(BIN)/python benchmarks/multilevel.py
 	$(BIN)/python benchmarks/gpu.py
