@@ -5,6 +5,7 @@ r"""The program itself: levels and edges, checked, with a pure `update` and the 
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffopt.multilevel.precision import first_scale
 from diffopt.multilevel.responses import PerStep, Program, Report, total_gradient
 from diffopt.multilevel.topology import topology
 from diffopt.multilevel.update import GraphState, Metrics, Run, Turn, chunks, piece, turns
+from diffopt.transforms.donation import check_donation
 from diffopt.typing import Tree
 
 __all__ = ["Graph", "graph"]
@@ -90,11 +92,14 @@ class Graph:
             The new state, and what each level saw.
 
         Raises:
+            TypeError: If the state or the batches are something else, or a loss is no floating-point scalar.
             ValueError: If a batch belongs to no level, or has the wrong number of steps. With donate, also if tensors
-                share memory.
+                of the state, or of it and the batches, share memory.
             RuntimeError: With donate, under a live transform, or if a tensor requires grad in grad mode.
         """
-        batches = self._checked(batches)
+        batches = self._checked(state, batches)
+        if donate and not torch.compiler.is_compiling():
+            check_donation(tree.leaves(state.params), tree.partition(batches)[0])
         run = Run(self.program, state, batches, donate=donate)
         metrics: dict[str, Metrics] = {}
         for turn in self.schedule:
@@ -133,7 +138,7 @@ class Graph:
         pieces = {(name, count): piece(self.program, name, count, backend) for name, count, *_ in parts}
 
         def update(state: GraphState, batches: Mapping[str, Any] | None = None):
-            run = Run(self.program, state, self._checked(batches))
+            run = Run(self.program, state, self._checked(state, batches))
             metrics: dict[str, Metrics] = {}
             for name, count, first, back in parts:
                 if back:
@@ -164,7 +169,7 @@ class Graph:
             raise ValueError(f"there is no level {name!r}; the levels are {sorted(self.program.levels)}")
 
         def hypergradient(state: GraphState, batches: Mapping[str, Any] | None = None):
-            run = Run(self.program, state, self._checked(batches))
+            run = Run(self.program, state, self._checked(state, batches))
             for each in self.program.levels:
                 run.begin(each)
             _, gradient, _, reports = total_gradient(self.program, name, run.moment())
@@ -172,8 +177,14 @@ class Graph:
 
         return hypergradient
 
-    def _checked(self, batches: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        batches, counts = batches or {}, self.counts
+    def _checked(self, state: GraphState, batches: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        batches, counts = {} if batches is None else batches, self.counts
+        if not isinstance(state, GraphState):
+            raise TypeError(f"state must be a GraphState, as of graph.init; got {type(state).__name__}")
+        if state.params.keys() != counts.keys():
+            raise ValueError(f"the state is of another program: {sorted(state.params)}, not {sorted(counts)}")
+        if not isinstance(batches, Mapping):
+            raise TypeError(f"batches must be a dict from levels to their batches; got {type(batches).__name__}")
         for name, batch in batches.items():
             if name not in counts:
                 raise ValueError(f"there is a batch for {name!r}, which is no level; the levels are {sorted(counts)}")
@@ -203,7 +214,7 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
         The graph.
 
     Raises:
-        TypeError: If a level is not a `Level`.
+        TypeError: If levels or edges are something else, or a loss does not take its level, what it reads, and a batch.
         ValueError: If a name is unknown, edges are double or form a cycle, a read has no edge that explains it, an
             edge explains nothing, or a level is joined to no other; the message names it.
 
@@ -223,5 +234,24 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
     References:
         Choe et al. (2023), Betty: an automatic differentiation library for multilevel optimization, section 3.
     """
-    program = Program(dict(levels), topology(levels, edges))
+    shape = topology(levels, edges)
+    named = {name: dataclasses.replace(level, loss=_named(name, level.loss)) for name, level in levels.items()}
+    program = Program(named, shape)
     return Graph(program, tuple(turns(program, program.shape.roots)))
+
+
+def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss, with its level in the error if it gives something else than a number to minimize."""
+
+    @functools.wraps(loss)
+    def checked(*args: Any) -> Tensor:
+        value = loss(*args)
+        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+            return value
+        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"the loss of level {name!r} must return a floating-point scalar tensor; got {found}. Reduce it, for "
+            f"example by .mean()"
+        )
+
+    return checked

@@ -78,7 +78,7 @@ class Level:
         object.__setattr__(self, "value_and_grad", value_and_grad(self.loss))  # made once, not once a step
         if not isinstance(self.optimizer, GradientTransformation):
             raise TypeError(f"optimizer must be a GradientTransformation such as sgd(0.1); got {self.optimizer!r}")
-        if isinstance(self.reads, str) or not all(isinstance(name, str) for name in self.reads):
+        if not isinstance(self.reads, (tuple, list)) or not all(isinstance(name, str) for name in self.reads):
             raise TypeError(f'reads must be a tuple of names, such as ("weights",); got {self.reads!r}')
         object.__setattr__(self, "reads", tuple(self.reads))
         if len(set(self.reads)) < len(self.reads):
@@ -87,6 +87,10 @@ class Level:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        if self.project is not None and not callable(self.project):
+            raise TypeError(f"project must be a function params -> params; got {self.project!r}")
+        if not isinstance(self.clip, (int, float, Tensor, type(None))):
+            raise TypeError(f"clip must be a number, a tensor or None; got {self.clip!r}")
         if self.start not in ("warm", "reset", "rollback"):
             raise ValueError(f'start must be "warm", "reset" or "rollback"; got {self.start!r}')
         if self.precision not in (None, torch.bfloat16, torch.float16):
@@ -124,7 +128,7 @@ class Edge:
             bound for the adjoint's error, not an estimate.
 
     Raises:
-        TypeError: If the method is not an adjoint.
+        TypeError: If the method is not an adjoint, or a constant is not a number.
         ValueError: If `response` is none of the above, the two levels are one, or a constant is not positive.
 
     Example:
@@ -150,5 +154,7 @@ class Edge:
             raise ValueError(f"an edge joins two levels; got {self.upper!r} twice")
         for name in ("strong_convexity", "coupling"):
             value = getattr(self, name)
+            if not isinstance(value, (int, float, type(None))):
+                raise TypeError(f"{name} must be a number or None; got {value!r}")
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value!r}")

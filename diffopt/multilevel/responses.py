@@ -130,7 +130,11 @@ def moved(program: Program, name: str, gradient: Tree, optimizer: Any, params: T
         clipping = clip_by_global_norm(level.clip)
         gradient, _ = clipping.update(gradient, clipping.init(params))
     params, optimizer = step(level.optimizer, gradient, optimizer, params, **extra)
-    return (params if level.project is None else level.project(params)), optimizer
+    if level.project is None:
+        return params, optimizer
+    projected = level.project(params)
+    tree.check_like(projected, params, name=f"the projection of level {name!r}", reference_name="params")
+    return projected, optimizer
 
 
 def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: Tensor | None):

@@ -1,6 +1,7 @@
 """The shape of a program: which levels lie below which, in what order they move, and what is missing."""
 
 import graphlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,9 +66,11 @@ def topology(levels: Mapping[str, Level], edges: Sequence[Edge]) -> Topology:
         Its shape.
 
     Raises:
+        TypeError: If levels or edges are something else, or a loss does not take what its level declares.
         ValueError: If a name is unknown, edges are double or form a cycle, a read has no edge that explains it, an
             edge explains nothing, or a level is joined to no other.
     """
+    _check_kinds(levels, edges)
     _check_names(levels, edges)
     lowers = {name: tuple(e.lower for e in edges if e.upper == name) for name in levels}
     order = _ordered(lowers)
@@ -83,13 +86,40 @@ def topology(levels: Mapping[str, Level], edges: Sequence[Edge]) -> Topology:
     return Topology(order, lowers, below, groups, outside, retraced)
 
 
-def _check_names(levels: Mapping[str, Level], edges: Sequence[Edge]) -> None:
+def _check_kinds(levels: Mapping[str, Level], edges: Sequence[Edge]) -> None:
+    if not isinstance(levels, Mapping):
+        raise TypeError(f"levels must be a dict from names to Level; got {type(levels).__name__}")
     if not levels:
         raise ValueError("a program needs at least one level")
+    for name, level in levels.items():
+        if not isinstance(name, str) or not isinstance(level, Level):
+            raise TypeError(f"levels must be a dict from names to Level; got {type(level).__name__} for {name!r}")
+        if "+" in name:
+            raise ValueError(f"the name of a level has no '+', which joins the names of several; got {name!r}")
+        _check_signature(name, level)
+    if not isinstance(edges, Sequence) or not all(isinstance(edge, Edge) for edge in edges):
+        raise TypeError(f"edges must be a sequence of Edge; got {edges!r}")
+
+
+def _check_signature(name: str, level: Level) -> None:
+    """Raise unless the loss takes as many arguments as its level declares."""
+    try:
+        signature = inspect.signature(level.loss)
+    except ValueError:  # a builtin that does not tell
+        return
+    declared = (name, *level.reads, "batch")
+    try:
+        signature.bind(*declared)
+    except TypeError as error:
+        raise TypeError(
+            f"the loss of level {name!r} is called with {len(declared)} arguments, ({', '.join(declared)}), but its "
+            f"signature is {signature}: make `reads` and the arguments fit, own parameters first, the batch last"
+        ) from error
+
+
+def _check_names(levels: Mapping[str, Level], edges: Sequence[Edge]) -> None:
     known = ", ".join(map(repr, levels))
     for name, level in levels.items():
-        if not isinstance(level, Level):
-            raise TypeError(f"levels must be a dict from names to Level; got {type(level).__name__} for {name!r}")
         for read in level.reads:
             if read not in levels:
                 raise ValueError(f"level {name!r} reads {read!r}, which is no level; the levels are {known}")

@@ -1,5 +1,6 @@
 """An update under way: whose turn it is, and what a turn does."""
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -189,4 +190,6 @@ def piece(program: Program, name: str, count: int, backend: str) -> Callable[...
             metrics = run.step(name, measured=True)
         return run.params, run.optimizers, run.methods, run.scales, metrics
 
-    return torch.compile(steps, fullgraph=True, dynamic=False, backend=backend)
+    # torch limits the compiled versions of a code object, which all pieces share: give each its own
+    own = types.FunctionType(steps.__code__.replace(), steps.__globals__, "steps", None, steps.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)

@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import pytest
 import torch
@@ -7,7 +8,16 @@ from torch.testing import assert_close
 
 from diffopt import random, tree
 from diffopt.linalg import CG, Dense
-from diffopt.multilevel import Detached, Edge, Implicit, Level, OneStep, PerStep, Unrolled, graph
+from diffopt.multilevel import (
+    Detached,
+    Edge,
+    Implicit,
+    Level,
+    OneStep,
+    PerStep,
+    Unrolled,
+    graph,
+)
 from diffopt.optimizers import adam, sgd
 from multilevel.quadratic_programs import SHAPES, program, start, true_gradient
 
@@ -307,3 +317,75 @@ def test_a_donated_state_is_written_over():
     state = two.init(random.key(0), params())
     new, _ = two.update(state, donate=True)
     assert new.params["b"].data_ptr() == state.params["b"].data_ptr()
+
+
+def test_memory_that_levels_share_is_not_donated():
+    """Each level alone owns its tensors here, so its own step cannot see it."""
+    _, two = quadratic_pair(3)
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for shared in ({"a": x, "b": x}, {"a": x[:2], "b": x[1:]}):
+        with pytest.raises(ValueError, match="share no memory"):
+            two.update(two.init(random.key(0), shared), donate=True)
+    apart = two.init(random.key(0), {"a": x[:1], "b": x[1:2]})
+    two.update(apart, {"b": x[2:]}, donate=True)
+    with pytest.raises(ValueError, match="share no memory"):
+        two.update(two.init(random.key(0), {"a": x[:1], "b": x[1:2]}), {"b": x}, donate=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda b, a, batch: (b - a) ** 2, r"shape \(2,\), torch.float64"),
+        (lambda b, a, batch: 1.0, "float"),
+        (lambda b, a, batch: (b > a).sum(), r"shape \(\), torch.int64"),
+        (lambda b, a, batch: None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_no_number_is_named(loss, found, accumulate):
+    levels, _ = quadratic_pair()
+    low = Level(loss, sgd(0.5), reads=("a",), accumulate=accumulate)
+    two = graph({**levels, "b": low}, [Edge("a", "b", OneStep(0.5))])
+    state = two.init(random.key(0), params())
+    for call in (two.update, two.hypergrad("a")):
+        with pytest.raises(TypeError, match=f"loss of level 'b' must return a floating-point scalar .* got {found}"):
+            call(state)
+
+
+@pytest.mark.parametrize("project", [lambda b: b[:1], lambda b: b.float(), lambda b: None])
+def test_projections_keep_shapes(project):
+    _, two = quadratic_pair(1, project=project)
+    with pytest.raises((TypeError, ValueError), match="projection of level 'b'"):
+        two.update(two.init(random.key(0), params()))
+
+
+def test_states_and_batches_are_those_of_the_program():
+    _, two = quadratic_pair()
+    state = two.init(random.key(0), params())
+    alone = graph({"w": Level(lambda w, batch: (w**2).sum(), sgd(0.1))})
+    for call in (two.update, two.hypergrad("a"), two.compiled(backend="eager")):
+        with pytest.raises(TypeError, match="state must be a GraphState"):
+            call(state.params)
+        with pytest.raises(ValueError, match=r"state is of another program: \['w'\], not \['a', 'b'\]"):
+            call(alone.init(random.key(0), {"w": torch.ones(2)}))
+        for batches in (torch.ones(2), [torch.ones(2)]):
+            with pytest.raises(TypeError, match="batches must be a dict from levels"):
+                call(state, batches)
+
+
+def test_a_program_serves_all_sizes():
+    levels, _ = quadratic_pair(3)
+    two = graph(levels, [Edge("a", "b", OneStep(0.5))])
+    compiled = two.compiled(backend="eager")
+    for size in (2, 5, 1):
+        state = two.init(random.key(0), {"a": torch.ones(size), "b": torch.full((size,), 0.3)})
+        assert_close(compiled(state)[0], two.update(state)[0])
+
+
+def test_a_compiled_program_has_any_number_of_pieces():
+    loss = lambda w, *rest: (w**2).sum() + sum((w * r).sum() for r in rest[:-1])  # noqa: E731
+    reads = {"a": ("b",), "b": ("a", "c"), "c": ("b", "d"), "d": ("c", "e"), "e": ("d",)}
+    levels = {name: Level(loss, sgd(0.1), reads=read, steps=3) for name, read in reads.items()}
+    chain = graph(levels, [Edge(u, v, Detached()) for u, v in itertools.pairwise(reads)])
+    state = chain.init(random.key(0), {name: torch.ones(2) for name in reads})
+    assert_close(chain.compiled(2, backend="eager")(state)[0], chain.update(state)[0])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffopt import random
+from diffopt import random, tree
 from diffopt.implicit import OneStep
 from diffopt.linalg import CG, Dense, Neumann
 from diffopt.multilevel import (
@@ -157,3 +157,49 @@ def test_the_error_of_an_unfinished_solve_is_bounded():
 def test_bad_options_raise(make):
     with pytest.raises(ValueError, match="must be"):
         make()
+
+
+def pair(lower_steps=1, idle=False):
+    """The levels of `a` over `b`, whose response is `a`."""
+    toward = (lambda a, b, _: (a**2).sum() + 0 * b.sum()) if idle else (lambda a, b, _: ((b - 2.0) ** 2).sum())
+    return {
+        "a": Level(toward, sgd(0.5), reads=("b",)),
+        "b": Level(lambda b, a, _: ((b - a) ** 2).sum() / 2, sgd(0.5), reads=("a",), steps=lower_steps),
+    }
+
+
+@pytest.mark.parametrize("method", [Implicit(), Implicit(CG()), Unrolled(), OneStep(0.5), FiniteDifference(), SAMA()])
+@pytest.mark.parametrize("upper", [torch.float32, torch.float64])
+def test_levels_may_differ_in_dtype(method, upper):
+    lower = torch.float64 if upper is torch.float32 else torch.float32
+    two = graph(pair(lower_steps=50), [Edge("a", "b", method)])
+    at = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    mixed = two.init(random.key(0), {"a": at.to(upper), "b": at.to(lower)})
+    exact = two.init(random.key(0), {"a": at, "b": at})
+    for _ in range(2):
+        mixed, exact = two.update(mixed)[0], two.update(exact)[0]
+    assert (mixed.params["a"].dtype, mixed.params["b"].dtype) == (upper, lower)
+    assert_close(mixed.params, exact.params, rtol=1e-2, atol=1e-2, check_dtype=False)  # of a difference in float32
+
+
+@pytest.mark.parametrize("method", [Implicit(CG()), Unrolled(), OneStep(0.5), SAMA(), Nystrom(2)])
+def test_odd_trees_pass_through(method):
+    """Tuples, lists, 0-d and empty leaves; the empty ones stay."""
+    low = Level(lambda b, a, batch: (b[0] - a[1][0]) ** 2 + b[1][0].sum(), sgd(0.2), reads=("a",))
+    top = Level(lambda a, b, batch: (b[0] - 2) ** 2 + a[0]["z"] ** 2, sgd(0.2), reads=("b",))
+    odd = {
+        "a": ({"z": torch.tensor(1.0), "none": torch.ones(0, 3)}, [torch.tensor(0.5)], ()),
+        "b": [torch.tensor(0.3), (torch.ones(0), {})],
+    }
+    two = graph({"a": top, "b": low}, [Edge("a", "b", method)])
+    new, _ = two.update(two.init(random.key(0), odd))
+    tree.check_like(new.params, odd)
+    assert new.params["a"][1][0] > 0.5  # towards what brings b to 2
+    assert_close(new.params["a"][0]["z"], torch.tensor(0.6))
+
+
+def test_a_lower_level_without_effect_has_no_residual():
+    two = graph(pair(idle=True), [Edge("a", "b", Nystrom(2))])
+    new, metrics = two.update(two.init(random.key(0), {"a": torch.ones(2), "b": torch.ones(2)}))
+    assert metrics["a"].reports["b"].residual == 0
+    assert new.params["a"].tolist() == [0.0, 0.0]

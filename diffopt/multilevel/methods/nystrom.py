@@ -64,7 +64,9 @@ class Nystrom:
         H = hessian_operator(lambda x: response.objective(x, *response.args), response.x)
         product = H.bind(*H.parameters).matvec
         u = self._inverse(product, now, v)
-        residual = torch.linalg.vector_norm(v - product(u) - self.damping * u) / torch.linalg.vector_norm(v)
+        size = torch.linalg.vector_norm(v)
+        left = torch.linalg.vector_norm(v - product(u) - self.damping * u)
+        residual = left / torch.where(size == 0, 1.0, size)
         return pulled(response, unravel(u)), later, Info(residual, torch.full((), self.rank + 1, device=v.device))
 
     def respond(self, response: Response, state: Tensor) -> Tree:
