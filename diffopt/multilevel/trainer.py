@@ -114,7 +114,8 @@ def train(
         NotFiniteError: See `on_nan`.
         FileExistsError: If there is a file, and `resume` is False.
         TypeError: If batches or options have the wrong type.
-        ValueError: If an option is out of range or names no level, or the file is of another program.
+        ValueError: If an option is out of range or names no level, the state requires grad in grad mode, or the file is
+            of another program.
 
     Example:
         >>> import torch
@@ -132,10 +133,12 @@ def train(
     """
     sources = Sources(batches, graph, lasting=checkpoint is not None)
     average = _decays(average, graph)
+    if not isinstance(updates, int) or updates < 0:
+        raise ValueError(f"updates must be an int of at least 0; got {updates!r}")
     for name, value in {"validate_every": validate_every, "save_every": save_every, "log_every": log_every}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive int; got {value!r}")
-    if patience is not None and (validate is None or patience < 1):
+    if patience is not None and (validate is None or not isinstance(patience, int) or patience < 1):
         raise ValueError(f"patience must be a positive int, and needs validate; got {patience!r}")
     if on_nan not in ("raise", "skip", "rollback"):
         raise ValueError(f'on_nan must be "raise", "skip" or "rollback"; got {on_nan!r}')
@@ -239,7 +242,7 @@ def _decays(average: Mapping[str, float] | None, graph: Graph) -> dict[str, floa
     for name, decay in (average or {}).items():
         if name not in graph.program.levels:
             raise ValueError(f"there is no level {name!r} to average; the levels are {sorted(graph.program.levels)}")
-        if not 0 <= decay < 1:
+        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ValueError(f"the decay of an average must be in [0, 1); got {decay!r} for {name!r}")
     return dict(average or {})
 
@@ -247,6 +250,11 @@ def _decays(average: Mapping[str, float] | None, graph: Graph) -> dict[str, floa
 def _started(state: GraphState, average: Mapping[str, float], validates: bool) -> Trained:
     if not isinstance(state, GraphState):
         raise TypeError(f"state must be a GraphState, as of graph.init; got {type(state).__name__}")
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(state)):
+        raise ValueError(
+            "a tensor of the state requires grad, so memory would grow with each update: detach the parameters, as "
+            "`tree.from_module` does, or call train under torch.no_grad(). For derivatives, loop over graph.update"
+        )
     zero = torch.zeros_like(state.updates)
     return Trained(
         state=state,

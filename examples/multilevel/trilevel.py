@@ -10,7 +10,8 @@ prior by other data. It reads the classifier alone, and acts on it through the m
 condition counts that the classifier moves with the weights; `response="partial"` leaves that out, and gives the top
 level another gradient.
 
-The plain rival trains on all three sets together.
+The plain rival trains on all three sets together, and wins by far on test error: 9.0% against 17.6%. What three levels
+give beyond it is the weights, which tell wrong labels from right ones (area under the ROC curve 0.92).
 
 Run it: python examples/multilevel/trilevel.py
 """

@@ -349,3 +349,28 @@ def test_options_are_checked():
         Sources({"b": [DATA]}, two, lasting=True)
     with pytest.raises(TypeError, match="must be a GraphState"):
         train(two, {}, updates=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"updates": 2.5}, "updates must be an int"),
+        ({"updates": -2}, "updates must be an int"),
+        ({"patience": 1.5, "validate": lambda trained: 1.0}, "patience must be a positive int"),
+        ({"average": {"w": "0.9"}}, "decay of an average"),
+    ],
+)
+def test_numbers_have_types(options, message):
+    alone = graph({"w": Level(lambda w, batch: (w**2).sum(), sgd(0.1))})
+    state = alone.init(random.key(0), {"w": torch.ones(2)})
+    with pytest.raises(ValueError, match=message):
+        train(alone, state, quiet=True, **{"updates": 2, **options})
+
+
+def test_a_run_keeps_no_graph():
+    alone = graph({"w": Level(lambda w, batch: (w**2).sum(), sgd(0.1))})
+    state = alone.init(random.key(0), {"w": torch.ones(2, requires_grad=True)})
+    with pytest.raises(ValueError, match="memory would grow with each update"):
+        train(alone, state, updates=2, quiet=True)
+    with torch.no_grad():
+        assert not train(alone, state, updates=2, quiet=True).state.params["w"].requires_grad
