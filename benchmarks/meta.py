@@ -69,10 +69,8 @@ def ways_of(net: nn.Module, criterion: Loss, tasks: Task, torchopt: ModuleType |
 
     meta_loss = maml(loss, diffopt.sgd(RATE), STEPS)
     slopes = {"ours": diffopt.grad(meta_loss), "hand-written": torch.func.grad(by_hand(loss))}
-    slopes |= {
-        "ours, compiled": diffopt.compile(slopes["ours"]),
-        "hand-written, compiled": torch.compile(slopes["hand-written"], fullgraph=True),
-    }
+    slopes["ours, compiled"] = diffopt.compile(slopes["ours"])
+    slopes["hand-written, compiled"] = torch.compile(slopes["hand-written"], fullgraph=True)
     ways = {name: functools.partial(run, slope, params, tasks) for name, slope in slopes.items()}
     ways["ours, modules"] = functools.partial(by_loop, net, modules_of(net, criterion), tasks)
     if torchopt is not None:
@@ -197,6 +195,8 @@ def process_ms(runs: dict[str, Callable[[], Any]], *, repeats: int = 15, budget_
 def against(label: str, net: nn.Module, criterion: Loss, tasks: Task, bars: dict[str, str]) -> list[dict[str, Any]]:
     """The rows of one case: ours against each peer."""
     ways = ways_of(net, criterion, tasks, peer("torchopt"), peer("higher"))
+    if "hand-written, compiled" not in bars:
+        del ways["hand-written, compiled"]  # it would compile for minutes
     check_equal(ways)
     times = process_ms(ways)
     rows = []
@@ -206,8 +206,9 @@ def against(label: str, net: nn.Module, criterion: Loss, tasks: Task, bars: dict
             rows.append(row(f"{name} / ours compiled, {label}", times[name] / times["ours, compiled"], bar=bar))
             bar = bars.get(name, "none")
             rows.append(row(f"  {name} / ours eager", times[name] / times["ours"], bar=bar))
-    ratio = times["ours, compiled"] / times["hand-written, compiled"]
-    rows.append(row(f"ours compiled / hand-written compiled, {label}", ratio, bar="<= 1.1"))
+    if "hand-written, compiled" in bars:
+        ratio = times["ours, compiled"] / times["hand-written, compiled"]
+        rows.append(row(f"ours compiled / hand-written compiled, {label}", ratio, bar=bars["hand-written, compiled"]))
     return rows + [row(f"  {name}", value, "ms") for name, value in times.items()]
 
 
@@ -239,7 +240,7 @@ def long_unroll() -> list[dict[str, Any]]:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bars = {"compiled, torchopt.MetaSGD": ">= 80", "torchopt.MetaSGD": ">= 8"}
+    bars = {"compiled, torchopt.MetaSGD": ">= 80", "torchopt.MetaSGD": ">= 8", "hand-written, compiled": "<= 1.1"}
     rows = against("MLP, 5 steps, 32 tasks", mlp(), mse_loss, sines(32), bars) + long_unroll()
     record("meta", rows, packages=("torchopt", "higher"))  # at once: the next case compiles for minutes
     bars = {"compiled, torchopt.MetaSGD": ">= 5"}
