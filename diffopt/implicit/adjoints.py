@@ -187,7 +187,11 @@ class Implicit:
         u, stats = linear_solve(
             jacobian, cotangent, solver and solver.transposed(), init=start, throw=False, has_aux=True
         )
-        return pulled(response, u), tree.map(torch.detach, u), Info(stats.residual, stats.steps)
+        # of a cotangent with NaN an iterative solver keeps its start: not what is to be told, nor where to start again
+        lost = stats.residual.isnan()
+        later = tree.map(lambda new, old: torch.where(lost, old, new.detach()), u, state)
+        u = tree.map(lambda u: torch.where(lost, torch.nan, u), u)
+        return pulled(response, u), later, Info(stats.residual, stats.steps)
 
     def respond(self, response, state):
         """See `Adjoint`."""

@@ -73,7 +73,7 @@ def solve_by_rule(
         start = None if init is None else init.detach()
         return _run(problem, solver, operator.bind(*operator.parameters), b, start, operator.tags, alarm)
     # compiled code has no iterative solver with a rule, but no rule is needed where no derivative can be asked for
-    compiled_alone = torch.compiler.is_compiling() and not torch.is_grad_enabled() and not problem.traceable(solver)
+    compiled_alone = torch.compiler.is_compiling() and not torch.is_grad_enabled() and problem.traceable(solver) is None
     if compiled_alone or batched_at_most((*operator.parameters, b)):
         with torch.no_grad():
             return _run(problem, solver, operator.bind_values(*operator.parameters), b, init, operator.tags, alarm)

@@ -203,3 +203,20 @@ def test_a_lower_level_without_effect_has_no_residual():
     new, metrics = two.update(two.init(random.key(0), {"a": torch.ones(2), "b": torch.ones(2)}))
     assert metrics["a"].reports["b"].residual == 0
     assert new.params["a"].tolist() == [0.0, 0.0]
+
+
+def test_a_loss_of_nan_gives_no_gradient_and_leaves_the_adjoint():
+    known = start(SHAPE)
+    levels = program(SHAPE, Implicit(CG()))
+    state = levels.init(random.key(0), known)
+    bad = levels.program.levels["a"]
+    broken = graph(
+        {
+            "a": Level(lambda *args: bad.loss(*args) * torch.nan, sgd(0.1), reads=("b",)),
+            "b": levels.program.levels["b"],
+        },
+        [Edge("a", "b", Implicit(CG()))],
+    )
+    assert broken.hypergrad("a")(state)[0].isnan().all()
+    after, _ = broken.update(state)
+    assert after.methods["a", "b"]["b"].isfinite().all()
