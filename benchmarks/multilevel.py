@@ -11,7 +11,7 @@ import itertools
 import logging
 import multiprocessing
 import os
-import resource
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -314,11 +314,17 @@ def peak_mb(make: Callable[..., Callable[[], Any]], *args: Any, repeats: int = 3
 def _peak_mb(make: Callable[..., Callable[[], Any]], args: tuple, repeats: int) -> float:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # a process inherits its parent's peak
+    before = _status_mb("VmRSS")
     run = make(*args)
     for _ in range(repeats):
         run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _status_mb("VmHWM") - before
+
+
+def _status_mb(field: str) -> float:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def memory() -> list[dict]:
