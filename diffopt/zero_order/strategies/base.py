@@ -15,8 +15,17 @@ from diffopt.random.dispatch import runs_eagerly
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
+from diffopt.zero_order.noise import noise
 
-__all__ = ["Strategy", "check_population_size", "check_sigma", "default_population_size", "filled", "on_vectors"]
+__all__ = [
+    "Strategy",
+    "check_population_size",
+    "check_sigma",
+    "default_population_size",
+    "filled",
+    "normal_members",
+    "on_vectors",
+]
 
 
 class Strategy(NamedTuple):
@@ -101,6 +110,12 @@ def on_vectors(
         )
 
     return Strategy(init, ask, tell)
+
+
+def normal_members(key: Tensor, x: Tensor, population_size: int | None) -> Tensor:
+    """Standard normal numbers for each member, shape (m, n), for a flat mean of n; by default as many as is usual."""
+    n = x.shape[0]
+    return noise(key, n, population_size or default_population_size(n), dtype=x.dtype)
 
 
 def default_population_size(n: int) -> int:

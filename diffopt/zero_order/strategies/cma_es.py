@@ -7,13 +7,12 @@ from torch import Tensor
 
 from diffopt.autodiff.levels import any_lane
 from diffopt.typing import Numeric, Tree
-from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import (
     Strategy,
     check_population_size,
     check_sigma,
-    default_population_size,
     filled,
+    normal_members,
     on_vectors,
 )
 from diffopt.zero_order.strategies.cma_paths import follow
@@ -97,8 +96,7 @@ def cma_es(sigma: Numeric, population_size: int | None = None, *, active: bool =
         return filled(x[0], sigma), zeros, zeros.clone(), eye, eye.clone(), torch.ones_like(x)
 
     def sample(key: Tensor, x: Tensor, state: CMAESState) -> Tensor:
-        n = x.shape[0]
-        z = noise(key, n, population_size or default_population_size(n), dtype=x.dtype)
+        z = normal_members(key, x, population_size)
         return x + state.sigma * ((z * state.scales) @ state.axes.mT)
 
     def learn(x: Tensor, members: Tensor, losses: Tensor, state: CMAESState) -> tuple[Tensor, dict[str, Any]]:

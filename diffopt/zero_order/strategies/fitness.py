@@ -14,7 +14,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Fitness", "centered_rank", "finite_losses", "nes_utilities", "rank_weights", "raw_losses", "standardize"]
+__all__ = [
+    "Fitness",
+    "centered_rank",
+    "centered_utilities",
+    "finite_losses",
+    "nes_utilities",
+    "rank_weights",
+    "raw_losses",
+    "standardize",
+]
 
 Fitness: TypeAlias = Callable[[Tensor], Tensor]
 """A shaping: losses of shape (m,) to shaped losses of shape (m,)."""
@@ -146,6 +155,12 @@ def rank_weights(losses: Tensor, weights: Tensor) -> Tensor:
     counts = zeros.scatter_add(-1, rows, torch.ones_like(weights))
     shared = (totals / counts.clamp(min=1.0)).gather(-1, rows)
     return zeros.scatter(-1, order.expand(weights.shape), shared)
+
+
+def centered_utilities(fitness: Fitness, losses: Tensor, dtype: torch.dtype) -> Tensor:
+    """The utilities of members: minus the shaped losses less their mean, in a dtype."""
+    shaped = fitness(losses).to(dtype)
+    return shaped.mean() - shaped
 
 
 def finite_losses(losses: Tensor) -> Tensor:

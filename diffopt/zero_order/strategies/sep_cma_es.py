@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from diffopt.typing import Numeric, Tree
-from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import (
     Strategy,
     check_population_size,
     check_sigma,
-    default_population_size,
     filled,
+    normal_members,
     on_vectors,
 )
 from diffopt.zero_order.strategies.cma_paths import follow
@@ -85,8 +84,7 @@ def sep_cma_es(sigma: Numeric, population_size: int | None = None, *, active: bo
         return filled(x[0], sigma), zeros, zeros.clone(), torch.ones_like(x)
 
     def sample(key: Tensor, x: Tensor, state: SepCMAESState) -> Tensor:
-        n = x.shape[0]
-        z = noise(key, n, population_size or default_population_size(n), dtype=x.dtype)
+        z = normal_members(key, x, population_size)
         return x + state.sigma * state.scales * z
 
     def learn(x: Tensor, members: Tensor, losses: Tensor, state: SepCMAESState) -> tuple[Tensor, dict[str, Any]]:

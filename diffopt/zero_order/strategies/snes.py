@@ -9,16 +9,15 @@ from torch import Tensor
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
-from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import (
     Strategy,
     check_population_size,
     check_sigma,
-    default_population_size,
     filled,
+    normal_members,
     on_vectors,
 )
-from diffopt.zero_order.strategies.fitness import Fitness, nes_utilities
+from diffopt.zero_order.strategies.fitness import Fitness, centered_utilities, nes_utilities
 
 __all__ = ["SNESState", "snes"]
 
@@ -93,13 +92,11 @@ def snes(
         return (filled(x, sigma),)
 
     def sample(key: Tensor, x: Tensor, state: SNESState) -> Tensor:
-        n = x.shape[0]
-        return x + state.sigma * noise(key, n, population_size or default_population_size(n), dtype=x.dtype)
+        return x + state.sigma * normal_members(key, x, population_size)
 
     def learn(x: Tensor, members: Tensor, losses: Tensor, state: SNESState) -> tuple[Tensor, dict[str, Any]]:
         n = x.shape[0]
-        shaped = fitness(losses).to(x.dtype)
-        utilities = shaped.mean() - shaped
+        utilities = centered_utilities(fitness, losses, x.dtype)
         z = (members - x) / state.sigma
         rate = (3 + math.log(n)) / (5 * math.sqrt(n)) if sigma_learning_rate is None else sigma_learning_rate
         slope = utilities @ (z * z) - utilities.sum()

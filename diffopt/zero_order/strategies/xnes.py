@@ -9,16 +9,15 @@ from torch import Tensor
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
-from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import (
     Strategy,
     check_population_size,
     check_sigma,
-    default_population_size,
     filled,
+    normal_members,
     on_vectors,
 )
-from diffopt.zero_order.strategies.fitness import Fitness, nes_utilities
+from diffopt.zero_order.strategies.fitness import Fitness, centered_utilities, nes_utilities
 
 __all__ = ["XNESState", "xnes"]
 
@@ -104,14 +103,12 @@ def xnes(
         return filled(x[0], sigma), torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
 
     def sample(key: Tensor, x: Tensor, state: XNESState) -> Tensor:
-        n = x.shape[0]
-        z = noise(key, n, population_size or default_population_size(n), dtype=x.dtype)
+        z = normal_members(key, x, population_size)
         return x + state.sigma * (z @ state.shape.mT)
 
     def learn(x: Tensor, members: Tensor, losses: Tensor, state: XNESState) -> tuple[Tensor, dict[str, Any]]:
         n = x.shape[0]
-        shaped = fitness(losses).to(x.dtype)
-        utilities = shaped.mean() - shaped
+        utilities = centered_utilities(fitness, losses, x.dtype)
         steps = (members - x) / state.sigma
         z = steps @ torch.linalg.inv(state.shape).mT
         delta, total = utilities @ z, utilities.sum()
