@@ -6,18 +6,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
-from diffopt.multilevel.single_loop.protocol import (
-    Draws,
-    check_count,
-    check_state,
-    check_step_sizes,
-    check_weight,
-    current,
-    open_batches,
-    start,
-)
-from diffopt.multilevel.single_loop.series import recursive_mean, series_gradient, summed_series
+from diffopt.multilevel.single_loop.problem import BilevelProblem
+from diffopt.multilevel.single_loop.protocol import Draws, check_state, start
+from diffopt.multilevel.single_loop.recursion import check_recursion, recursive_step
+from diffopt.multilevel.single_loop.series import summed_series
 from diffopt.typing import Numeric, Schedule, Tree
 
 __all__ = ["MRBO", "MRBOState"]
@@ -97,14 +89,7 @@ class MRBO:
     series_steps: int = 10
 
     def __post_init__(self):
-        check_step_sizes(
-            inner_step_size=self.inner_step_size,
-            outer_step_size=self.outer_step_size,
-            linear_step_size=self.linear_step_size,
-        )
-        check_weight("inner_weight", self.inner_weight)
-        check_weight("outer_weight", self.outer_weight)
-        check_count("series_steps", self.series_steps)
+        check_recursion(self)
 
     @property
     def draws(self) -> Draws:
@@ -119,23 +104,4 @@ class MRBO:
     def step(self, problem: BilevelProblem, state: MRBOState, inner_batch: Tensor, outer_batch: Tensor) -> MRBOState:
         """The state after one step on batches of indices."""
         check_state(state, MRBOState)
-        (first, *others), (j,) = open_batches(problem, self.draws, inner_batch, outer_batch)
-        products, z, x = products_of(problem, state.z, state.x)
-        last = tree.ravel(state.last_z)[0], tree.ravel(state.last_x)[0]
-        count = state.count
-        eta = current(self.linear_step_size, count, z, "linear_step_size")
-
-        def hypergradient(z: Tensor, x: Tensor) -> Tensor:
-            outer_z, outer_x = products.outer(z, x, j)
-            v = summed_series(products, z, x, outer_z, eta, others[:-1])
-            return series_gradient(products, z, x, v, outer_x, others[-1])
-
-        u, w = tree.ravel(state.inner_mean)[0], tree.ravel(state.outer_mean)[0]
-        weight = current(self.inner_weight, count, z, "inner_weight")
-        u = recursive_mean(products.inner_z(z, x, first), products.inner_z(*last, first), u, weight, count)
-        weight = current(self.outer_weight, count, x, "outer_weight")
-        w = recursive_mean(hypergradient(z, x), hypergradient(*last), w, weight, count)
-        z = z - current(self.inner_step_size, count, z, "inner_step_size") * u
-        x = x - current(self.outer_step_size, count, x, "outer_step_size") * w
-        now, means = (products.unravel_z(z), products.unravel_x(x)), (products.unravel_z(u), products.unravel_x(w))
-        return MRBOState(*now, state.z, state.x, *means, count + 1)
+        return recursive_step(self, problem, state, inner_batch, outer_batch, summed_series)

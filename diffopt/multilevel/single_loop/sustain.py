@@ -6,18 +6,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
-from diffopt.multilevel.single_loop.protocol import (
-    Draws,
-    check_count,
-    check_state,
-    check_step_sizes,
-    check_weight,
-    current,
-    open_batches,
-    start,
-)
-from diffopt.multilevel.single_loop.series import random_term, recursive_mean, series_gradient
+from diffopt.multilevel.single_loop.problem import BilevelProblem
+from diffopt.multilevel.single_loop.protocol import Draws, check_state, start
+from diffopt.multilevel.single_loop.recursion import check_recursion, recursive_step
+from diffopt.multilevel.single_loop.series import random_term
 from diffopt.random.keys import check_key
 from diffopt.typing import Numeric, Schedule, Tree
 
@@ -105,14 +97,7 @@ class SUSTAIN:
 
     def __post_init__(self):
         check_key(self.key)
-        check_step_sizes(
-            inner_step_size=self.inner_step_size,
-            outer_step_size=self.outer_step_size,
-            linear_step_size=self.linear_step_size,
-        )
-        check_weight("inner_weight", self.inner_weight)
-        check_weight("outer_weight", self.outer_weight)
-        check_count("series_steps", self.series_steps)
+        check_recursion(self)
 
     @property
     def draws(self) -> Draws:
@@ -133,23 +118,9 @@ class SUSTAIN:
     ) -> SUSTAINState:
         """The state after one step on batches of indices."""
         check_state(state, SUSTAINState)
-        (first, *others), (j,) = open_batches(problem, self.draws, inner_batch, outer_batch)
-        products, z, x = products_of(problem, state.z, state.x)
-        last = tree.ravel(state.last_z)[0], tree.ravel(state.last_x)[0]
-        count, power = state.count, self.power(state.count).to(z.device)
-        eta = current(self.linear_step_size, count, z, "linear_step_size")
+        power = self.power(state.count)
 
-        def hypergradient(z: Tensor, x: Tensor) -> Tensor:
-            outer_z, outer_x = products.outer(z, x, j)
-            v = random_term(products, z, x, outer_z, eta, others[:-1], power)
-            return series_gradient(products, z, x, v, outer_x, others[-1])
+        def solution(products, z, x, slope, factor, batches):
+            return random_term(products, z, x, slope, factor, batches, power.to(z.device))
 
-        u, w = tree.ravel(state.inner_mean)[0], tree.ravel(state.outer_mean)[0]
-        weight = current(self.inner_weight, count, z, "inner_weight")
-        u = recursive_mean(products.inner_z(z, x, first), products.inner_z(*last, first), u, weight, count)
-        weight = current(self.outer_weight, count, x, "outer_weight")
-        w = recursive_mean(hypergradient(z, x), hypergradient(*last), w, weight, count)
-        z = z - current(self.inner_step_size, count, z, "inner_step_size") * u
-        x = x - current(self.outer_step_size, count, x, "outer_step_size") * w
-        now, means = (products.unravel_z(z), products.unravel_x(x)), (products.unravel_z(u), products.unravel_x(w))
-        return SUSTAINState(*now, state.z, state.x, *means, count + 1)
+        return recursive_step(self, problem, state, inner_batch, outer_batch, solution)
