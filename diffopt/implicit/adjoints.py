@@ -19,11 +19,24 @@ from diffopt import tree
 from diffopt.autodiff import grad, hoist, unroll
 from diffopt.autodiff.levels import unwrap_lanes
 from diffopt.implicit.decorators import custom_root
-from diffopt.linalg import CG, LinearSolver, Tag, jacobian_operator, linear_solve
+from diffopt.implicit.root import believed_tags
+from diffopt.linalg import LinearSolver, jacobian_operator, linear_solve
 from diffopt.linalg.solve import check_solver
 from diffopt.typing import Tree
 
-__all__ = ["Adjoint", "Detached", "Equation", "Implicit", "Info", "OneStep", "Response", "Solve", "Unrolled", "pulled"]
+__all__ = [
+    "Adjoint",
+    "Detached",
+    "Equation",
+    "Implicit",
+    "Info",
+    "OneStep",
+    "Response",
+    "Solve",
+    "Unrolled",
+    "pulled",
+    "unsolved",
+]
 
 Batching: TypeAlias = Literal["vmap", "sequential"]
 
@@ -180,7 +193,7 @@ class Implicit:
     def pull(self, response, cotangent, state):
         """See `Adjoint`."""
         solver, x, equation = self.linear_solver, response.x, response.equation
-        tags: list[Tag] = ["positive_definite"] if equation.symmetric or isinstance(solver, CG) else []
+        tags = believed_tags(equation.symmetric, solver)
         jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags)
         jacobian = jacobian.transpose(trusted=equation.symmetric)
         start = None if getattr(solver, "truncated", False) else state
@@ -269,7 +282,7 @@ class Unrolled:
     def pull(self, response, cotangent, state):
         """See `Adjoint`."""
         along = lambda *args: tree.vdot(cotangent, response.retrace(self.truncate, self.checkpoint, *args))  # noqa: E731
-        return _gradients(along, response.args), state, _unknown(response.x)
+        return _gradients(along, response.args), state, unsolved(response.x)
 
     def respond(self, response, state):
         """See `Adjoint`."""
@@ -321,7 +334,7 @@ class OneStep:
     def pull(self, response, cotangent, state):
         """See `Adjoint`."""
         u = tree.map(lambda v: self.step_size * v, cotangent)
-        return pulled(response, u), state, _unknown(response.x)
+        return pulled(response, u), state, unsolved(response.x)
 
     def respond(self, response, state):
         """See `Adjoint`."""
@@ -347,7 +360,7 @@ class Detached:
 
     def pull(self, response, cotangent, state):
         """See `Adjoint`."""
-        return tuple(map(tree.zeros_like, response.args)), state, _unknown(response.x)
+        return tuple(map(tree.zeros_like, response.args)), state, unsolved(response.x)
 
     def respond(self, response, state):
         """See `Adjoint`."""
@@ -369,7 +382,8 @@ def _held(init: Tree, *args: Tree) -> tuple[Tree, Any]:
     return init, ()
 
 
-def _unknown(x: Tree) -> Info:
+def unsolved(x: Tree) -> Info:
+    """What is known of a system that was not solved: nothing."""
     like = tree.leaves(x)[0]
     return Info(torch.full((), torch.nan, dtype=like.dtype, device=like.device), torch.full((), -1, device=like.device))
 

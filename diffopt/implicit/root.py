@@ -25,7 +25,7 @@ from diffopt.linalg.operators import FEW, Space
 from diffopt.linalg.solve import report, solve_flat
 from diffopt.typing import Tree
 
-__all__ = ["root_jvp", "root_rules", "root_vjp"]
+__all__ = ["believed_tags", "root_jvp", "root_rules", "root_vjp"]
 
 FlatEquation: TypeAlias = Callable[..., Tensor]
 
@@ -158,7 +158,7 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
     Returns:
         `(vjp, jvp)`; further outputs carry no gradient.
     """
-    tags: frozenset[Tag] = frozenset(["positive_definite"] if symmetric or isinstance(solve, CG) else [])
+    tags = believed_tags(symmetric, solve)
 
     def jacobian(x, inputs):
         return flat_jacobian(fn, (x, *inputs), space, space, tags)
@@ -184,6 +184,11 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
         return (x_dot, *(o.new_zeros(o.shape) for o in outputs[1:]))
 
     return vjp_rule, jvp_rule
+
+
+def believed_tags(symmetric: bool, solve: LinearSolver | None) -> frozenset[Tag]:
+    """The tags of an equation's Jacobian; who gives `CG` says that it suits, which its own check then tells."""
+    return frozenset(["positive_definite"] if symmetric or isinstance(solve, CG) else [])
 
 
 def _small_vjp(fn, x, inputs, weight, wanted):

@@ -11,10 +11,10 @@ import torch
 
 from diffopt import tree
 from diffopt.autodiff import grad
-from diffopt.implicit.adjoints import Info, Response
+from diffopt.implicit.adjoints import Response
 from diffopt.typing import Tree
 
-__all__ = ["check_radius", "first_order", "pulled_by_difference", "unsolved"]
+__all__ = ["check_radius", "first_order", "pulled_by_difference"]
 
 
 def check_radius(radius: float | None) -> None:
@@ -54,10 +54,3 @@ def first_order(response: Response, apply: Any) -> Tree:
     slope = response.equation.residual(response.x, *response.args)
     change = apply(tree.map(lambda g: g - g.detach(), slope))
     return tree.map(lambda x, c: x - c, response.x, change)
-
-
-def unsolved(x: Tree) -> Info:
-    """What is known of a system that was not solved: nothing."""
-    like = tree.leaves(x)[0]
-    nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-    return Info(nan, torch.full((), -1, device=like.device))

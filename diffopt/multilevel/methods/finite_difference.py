@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Info, Response
-from diffopt.multilevel.methods.differences import check_radius, first_order, pulled_by_difference, unsolved
+from diffopt.implicit.adjoints import Info, OneStep, Response, unsolved
+from diffopt.multilevel.methods.differences import check_radius, pulled_by_difference
 from diffopt.typing import Tree
 
 __all__ = ["FiniteDifference"]
@@ -59,4 +59,4 @@ class FiniteDifference:
 
     def respond(self, response: Response, state) -> Tree:
         """See `diffopt.implicit.Adjoint`; with the exact mixed derivative."""
-        return first_order(response, lambda v: tree.map(lambda v: self.step_size * v, v))
+        return OneStep(self.step_size).respond(response, state)

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffopt import random, tree
 from diffopt.implicit.adjoints import Info, Response
-from diffopt.multilevel.methods.differences import unsolved
+from diffopt.multilevel.methods.estimates import pulled_by_values, responded_by_values
 from diffopt.typing import Tree
-from diffopt.zero_order import es_grad, smoothed
 
 __all__ = ["Reinforce"]
+
+_BASELINE = {"method": "naive", "baseline": "leave_one_out"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,8 @@ class Reinforce:
 
     def pull(self, response: Response, cotangent: Tree, state: Tensor) -> tuple[tuple[Tree, ...], Tensor, Info]:
         """See `diffopt.implicit.Adjoint`."""
-        now, later = random.split(state)
-        along = lambda args: tree.vdot(cotangent, response.retrace(None, None, *args))  # noqa: E731
-        estimate = es_grad(along, self.sigma, self.num_samples, method="naive", baseline="leave_one_out")
-        return estimate(now, response.args)[0], later, unsolved(response.x)
+        return pulled_by_values(response, cotangent, state, self.sigma, self.num_samples, **_BASELINE)
 
     def respond(self, response: Response, state: Tensor) -> Tree:
         """See `diffopt.implicit.Adjoint`."""
-        run = lambda args: response.retrace(None, None, *args)  # noqa: E731
-        return smoothed(run, self.sigma, self.num_samples, method="naive", baseline="leave_one_out", value="f")(
-            state, response.args
-        )
+        return responded_by_values(response, state, self.sigma, self.num_samples, **_BASELINE)

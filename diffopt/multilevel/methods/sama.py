@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffopt.implicit.adjoints import Info, Response
-from diffopt.multilevel.methods.differences import check_radius, first_order, pulled_by_difference, unsolved
+from diffopt.implicit.adjoints import Info, Response, unsolved
+from diffopt.multilevel.methods.differences import check_radius, first_order, pulled_by_difference
 from diffopt.typing import Tree
 
 __all__ = ["SAMA"]

@@ -5,11 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffopt import random, tree
 from diffopt.implicit.adjoints import Info, Response
-from diffopt.multilevel.methods.differences import unsolved
+from diffopt.multilevel.methods.estimates import pulled_by_values, responded_by_values
 from diffopt.typing import Tree
-from diffopt.zero_order import es_grad, smoothed
 
 __all__ = ["ZeroOrder"]
 
@@ -57,12 +55,8 @@ class ZeroOrder:
 
     def pull(self, response: Response, cotangent: Tree, state: Tensor) -> tuple[tuple[Tree, ...], Tensor, Info]:
         """See `diffopt.implicit.Adjoint`."""
-        now, later = random.split(state)
-        along = lambda args: tree.vdot(cotangent, response.retrace(None, None, *args))  # noqa: E731
-        parts, _ = es_grad(along, self.sigma, self.num_samples)(now, response.args)
-        return parts, later, unsolved(response.x)
+        return pulled_by_values(response, cotangent, state, self.sigma, self.num_samples)
 
     def respond(self, response: Response, state: Tensor) -> Tree:
         """See `diffopt.implicit.Adjoint`."""
-        run = lambda args: response.retrace(None, None, *args)  # noqa: E731
-        return smoothed(run, self.sigma, self.num_samples, value="f")(state, response.args)
+        return responded_by_values(response, state, self.sigma, self.num_samples)
