@@ -31,15 +31,12 @@ class Graph:
     Args:
         program: Its levels and their topology.
         schedule: Which level moves when, in one update.
+        counts: How many steps each level takes in an update; the length of its `PerStep` batches.
     """
 
     program: Program
     schedule: tuple[Turn, ...]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many steps each level takes in an update; the length of its `PerStep` batches."""
-        return dict(collections.Counter(turn.name for turn in self.schedule if not turn.back))
+    counts: dict[str, int]
 
     def init(self, key: Tensor, params: Mapping[str, Tree]) -> GraphState:
         """The state at the start.
@@ -101,17 +98,7 @@ class Graph:
         if donate and not torch.compiler.is_compiling():
             check_donation(tree.leaves(state.params), tree.partition(batches)[0])
         run = Run(self.program, state, batches, donate=donate)
-        metrics: dict[str, Metrics] = {}
-        for turn in self.schedule:
-            if turn.back:
-                run.roll_back(turn.name)
-                continue
-            if turn.first:
-                run.begin(turn.name)
-            seen = run.step(turn.name, measured=turn.last)
-            if seen is not None:
-                metrics[turn.name] = seen
-        return run.state(), metrics
+        return run.play(self.schedule, lambda turn: run.step(turn.name, measured=turn.last))
 
     def compiled(
         self, chunk: int = 16, *, backend: str = "inductor"
@@ -134,20 +121,13 @@ class Graph:
         """
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a positive int; got {chunk!r}")
-        parts = chunks(self.schedule, chunk)
-        pieces = {(name, count): piece(self.program, name, count, backend) for name, count, *_ in parts}
+        schedule = chunks(self.schedule, chunk)
+        kinds = {(turn.name, turn.steps) for turn in schedule if not turn.back}
+        pieces = {(name, count): piece(self.program, name, count, backend) for name, count in kinds}
 
         def update(state: GraphState, batches: Mapping[str, Any] | None = None):
             run = Run(self.program, state, self._checked(state, batches))
-            metrics: dict[str, Metrics] = {}
-            for name, count, first, back in parts:
-                if back:
-                    run.roll_back(name)
-                    continue
-                if first:
-                    run.begin(name)
-                metrics[name] = run.leap(pieces[name, count], name, count)
-            return run.state(), metrics
+            return run.play(schedule, lambda turn: run.leap(pieces[turn.name, turn.steps], turn.name, turn.steps))
 
         return update
 
@@ -237,7 +217,8 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
     shape = topology(levels, edges)
     named = {name: dataclasses.replace(level, loss=_named(name, level.loss)) for name, level in levels.items()}
     program = Program(named, shape)
-    return Graph(program, tuple(turns(program, program.shape.roots)))
+    schedule = tuple(turns(program, program.shape.roots))
+    return Graph(program, schedule, dict(collections.Counter(turn.name for turn in schedule if not turn.back)))
 
 
 def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -158,3 +158,10 @@ class Edge:
                 raise TypeError(f"{name} must be a number or None; got {value!r}")
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value!r}")
+
+    @property
+    def gain(self) -> float | None:
+        """How much of the adjoint system's residual reaches the gradient at most, where that is known."""
+        if self.strong_convexity is None or self.coupling is None:
+            return None
+        return self.coupling / self.strong_convexity

@@ -109,18 +109,23 @@ def total_gradient(
     del slopes  # each is as large as a level: it is freed when it was pulled
     after, reports = {}, {}
     for group in shape.groups[name]:
-        if not any(member in cotangents for member in group.members):
+        held = [cotangents[member] for member in group.members if member in cotangents]
+        if not held:
             continue
-        response, pair = _response(program, group, moment), (name, group.name)
-        pulled = [{m: cotangents.pop(m, None) for m in group.members}]
-        pulled[0].update({m: tree.zeros_like(response.x[m]) for m, v in pulled[0].items() if v is None})
-        size = tree.norm(pulled[0])
-        parts, after[pair], info = group.edge.method.pull(response, pulled.pop(), moment.methods[pair])
-        reports[group.name] = _report(group.edge, info, response, size, parts)
+        response, pair, edge = _response(program, group, moment), (name, group.name), group.edge
+        size = None if edge.gain is None else tree.norm(held)
+        del held
+        parts, after[pair], info = edge.method.pull(response, _taken(cotangents, response.x), moment.methods[pair])
+        reports[group.name] = _report(edge, info, response, size, parts)
         for outside, part in zip(group.outside, parts, strict=True):
             if outside == name or outside in shape.below[name]:
                 cotangents[outside] = tree.add(cotangents[outside], part) if outside in cotangents else part
     return loss, cotangents[name], after, reports
+
+
+def _taken(cotangents: dict[str, Tree], x: dict[str, Tree]) -> dict[str, Tree]:
+    """The cotangents of a group, which are held here no longer: each is as large as a level."""
+    return {m: cotangents.pop(m) if m in cotangents else tree.zeros_like(params) for m, params in x.items()}
 
 
 def moved(program: Program, name: str, gradient: Tree, optimizer: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
@@ -269,10 +274,13 @@ def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, T
     return x
 
 
-def _report(edge: Edge, info: Info, response: Response, pulled: Tensor, parts: tuple[Tree, ...]) -> Report:
-    mu, nan = edge.strong_convexity, torch.full_like(info.residual, torch.nan)
-    bound = mu is not None and edge.coupling is not None
-    size = pulled if bound else tree.norm(parts)
-    error = info.residual * size * (edge.coupling / mu if mu is not None and edge.coupling is not None else 1.0)
-    distance = nan if mu is None else tree.norm(response.equation.residual(response.x, *response.args)) / mu
-    return Report(info.residual, info.steps, error, torch.full_like(info.steps, bound, dtype=torch.bool), distance)
+def _report(edge: Edge, info: Info, response: Response, size: Tensor | None, parts: tuple[Tree, ...]) -> Report:
+    """The report of an edge; `size` is the norm of what was pulled, where the edge knows its gain."""
+    mu, gain = edge.strong_convexity, edge.gain
+    error = info.residual * (tree.norm(parts) if size is None or gain is None else size * gain)
+    if mu is None:
+        distance = torch.full_like(info.residual, torch.nan)
+    else:
+        distance = tree.norm(response.equation.residual(response.x, *response.args)) / mu
+    bound = torch.full_like(info.steps, gain is not None, dtype=torch.bool)
+    return Report(info.residual, info.steps, error, bound, distance)

@@ -198,10 +198,9 @@ def _groups(name, edges, below, outside) -> tuple[Group, ...]:
     needs = {member: {other for other in outside[member] if other in below[name]} for member in inner}
     reach = {member: _reached(member, needs) for member in inner}
     members = {m: tuple(o for o in inner if o == m or (o in reach[m] and m in reach[o])) for m in inner}
-    follows = {members[m]: {members[o] for o in needs[m]} for m in inner}
+    sorter: graphlib.TopologicalSorter[tuple[str, ...]] = graphlib.TopologicalSorter()
     for m in inner:
-        follows[members[m]] |= {members[o] for o in needs[m]}
-    sorter = graphlib.TopologicalSorter({group: others - {group} for group, others in follows.items()})
+        sorter.add(members[m], *{members[o] for o in needs[m]} - {members[m]})
     return tuple(_group(name, group, edges, below, outside) for group in reversed(tuple(sorter.static_order())))
 
 

@@ -51,12 +51,13 @@ class Metrics(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One entry of the schedule: a level takes a step, perhaps the first of a block or the last, or goes back."""
+    """One entry of the schedule: a level takes steps, perhaps the first of a block or the last, or goes back."""
 
     name: str
     first: bool = False
     back: bool = False
     last: bool = False
+    steps: int = 1
 
 
 class Run:
@@ -98,6 +99,22 @@ class Run:
         tensors, merge = tree.partition(batch.batches)
         return PerStep(merge([t[here : here + count] for t in tensors]))
 
+    def play(
+        self, schedule: Sequence[Turn], act: Callable[[Turn], Metrics | None]
+    ) -> tuple[GraphState, dict[str, Metrics]]:
+        """All turns, those that take steps by `act`: the new state, and what each level saw."""
+        metrics: dict[str, Metrics] = {}
+        for turn in schedule:
+            if turn.back:
+                self.params[turn.name], self.optimizers[turn.name], _ = self.blocks[turn.name]
+                continue
+            if turn.first:
+                self.begin(turn.name)
+            seen = act(turn)
+            if seen is not None:
+                metrics[turn.name] = seen
+        return self.state(), metrics
+
     def leap(self, piece: Callable[..., Any], name: str, count: int) -> Metrics:
         """Several steps of a level by a compiled piece."""
         before = self.before._replace(
@@ -111,9 +128,6 @@ class Run:
         if name in self.given:
             self.batches[name] = _one(part, count - 1)
         return metrics
-
-    def roll_back(self, name: str) -> None:
-        self.params[name], self.optimizers[name], _ = self.blocks[name]
 
     def step(self, name: str, *, measured: bool) -> Metrics | None:
         """One step of a level, and what it saw if that is asked for."""
@@ -129,12 +143,13 @@ class Run:
         loss, gradient, methods, reports = total_gradient(
             self.program, name, self.moment(), scale.scale if scale else None
         )
-        seen = Metrics(loss, tree.norm(gradient), reports) if measured else None
+        size = tree.norm(gradient) if measured or scale else None
+        seen = None if size is None or not measured else Metrics(loss, size, reports)
         options = {"donate": True} if self.donate and not (self.fresh or scale) else {}
         params, optimizer = moved(self.program, name, gradient, self.optimizers[name], self.params[name], **options)
         self.fresh = False
-        if scale:
-            finite = tree.norm(gradient).isfinite()
+        if scale and size is not None:
+            finite = size.isfinite()
             self.scales[name] = next_scale(scale, finite)
             params = tree.where(finite, params, self.params[name])
             optimizer = tree.where(finite, optimizer, self.optimizers[name])
@@ -168,16 +183,16 @@ def _one(batch: Any, position: int) -> Any:
     return merge([t[position] for t in tensors])
 
 
-def chunks(schedule: tuple[Turn, ...], chunk: int) -> list[tuple[str, int, bool, bool]]:
-    """The schedule as `(name, count, first, back)`, with steps of one level that follow each other put together."""
-    found: list[tuple[str, int, bool, bool]] = []
+def chunks(schedule: Sequence[Turn], most: int) -> tuple[Turn, ...]:
+    """The schedule with up to `most` turns of one level that follow each other in one."""
+    found: list[Turn] = []
     for turn in schedule:
-        name, count, first, back = found[-1] if found else ("", 0, False, True)
-        if turn.name == name and not (turn.first or turn.back or back) and count < chunk:
-            found[-1] = (name, count + 1, first, back)
+        before = found[-1] if found else None
+        if before and before.name == turn.name and before.steps < most and not (turn.first or turn.back or before.back):
+            found[-1] = before._replace(last=turn.last, steps=before.steps + 1)
         else:
-            found.append((turn.name, 1, turn.first, turn.back))
-    return found
+            found.append(turn)
+    return tuple(found)
 
 
 def piece(program: Program, name: str, count: int, backend: str) -> Callable[..., Any]:
