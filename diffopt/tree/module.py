@@ -25,6 +25,9 @@ def from_module(
     `torch.func.vmap` may start from shared buffers: each lane returns its own. Dropout draws from torch's
     global generator, as ever (give `vmap` its ``randomness``).
 
+    What looks for captured tensors (implicit derivatives, checkpoints) finds the module's own parameters as well, and
+    keeps their graph. Unless a derivative in them is wanted, freeze them: `module.requires_grad_(False)`.
+
     Args:
         module: Any module.
 
