@@ -16,7 +16,7 @@ from diffopt.transforms.leaves import flatten_floating
 from diffopt.transforms.masks import mask_leaves
 from diffopt.typing import Tree
 
-__all__ = ["Adapted", "Checkpoint", "Mask", "adapt", "check_inner", "evaluate"]
+__all__ = ["Adapted", "Checkpoint", "Mask", "adapt", "check_inner", "check_loss", "evaluate"]
 
 Mask = Tree | Callable[[Tree], Tree] | None
 Checkpoint = Literal["sqrt", "log"] | int | None
@@ -81,7 +81,7 @@ def adapt(
 
     Raises:
         TypeError: If a parameter is no floating-point tensor, or `loss` returns no scalar.
-        ValueError: If `steps` is negative, or the mask holds nowhere.
+        ValueError: If `steps` is negative, the mask holds nowhere, or the state is of another optimizer or mask.
 
     Example:
         >>> import torch
@@ -112,7 +112,11 @@ def adapt(
 
     stateful = buffers is not None
     part = params if chosen is None else _masked(leaves, treespec, chosen)
-    state = optimizer.init(part) if state is None else state
+    first = optimizer.init(part)
+    if state is None:
+        state = first
+    else:
+        tree.check_like(state, first, name="state", reference_name="optimizer.init(params)")
     one = _step_of(inner, optimizer, first_order)
     keys = None if key is None else random.split(key, steps)
     (part, state, buffers), losses = unroll(
@@ -156,14 +160,19 @@ def evaluate(
 
 def check_inner(loss: Any, optimizer: Any, steps: Any) -> None:
     """Check what every method is given for its inner loop."""
-    if not callable(loss):
-        raise TypeError(f"`loss` must be a function of (params, data); got {type(loss).__name__}.")
+    check_loss(loss)
     if not isinstance(optimizer, GradientTransformation):
         raise TypeError(f"`optimizer` must be a GradientTransformation, such as sgd(0.1); got {optimizer!r:.60}.")
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"`steps` must be an int; got {type(steps).__name__}.")
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0; got {steps}.")
+
+
+def check_loss(loss: Any, name: str = "loss") -> None:
+    """Check that a loss is a function."""
+    if not callable(loss):
+        raise TypeError(f"`{name}` must be a function of (params, data); got {type(loss).__name__}.")
 
 
 def _scalar(value: Any) -> Tensor:

@@ -70,9 +70,11 @@ def bilevel(
     def hyper_loss(theta: Tree, init: Tree, *args: Tree) -> Any:
         x = minimize(inner, init, (theta, *args), solver=solver, adjoint=adjoint, **options).value
         value = outer(x, theta, *args)
-        if not isinstance(value, Tensor) or value.ndim:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"`outer` must return a 0-d tensor; got {found}. Reduce it, for example by .mean().")
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"`outer` must return a 0-d floating-point tensor; got {found}. Reduce it, for example by .mean()."
+            )
         return (value, tree.map(torch.detach, x)) if has_aux else value
 
     return hyper_loss

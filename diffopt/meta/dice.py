@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.schedules.hyperparameters import check_hyperparameter
-from diffopt.transforms.leaves import flatten_floating
+from diffopt.transforms.leaves import flatten_floating, precise_dtype
 from diffopt.typing import Numeric
 
 __all__ = ["dice"]
@@ -49,8 +49,8 @@ def dice(
 
     Raises:
         TypeError: If log_probs or costs are not floating-point tensors, or the discount is no number.
-        ValueError: If shapes differ or are not (trajectories, times), the discount is out of range, or one trajectory
-            alone is asked for a baseline from the others.
+        ValueError: If shapes differ or are not (trajectories, times), there is no trajectory, the discount is out of
+            range, or one trajectory alone is asked for a baseline from the others.
 
     Example:
         >>> import torch
@@ -64,30 +64,39 @@ def dice(
         A baseline for any order gradient estimation in stochastic computation graphs.
     """
     _check(log_probs, costs, discount, baseline)
-    times = torch.arange(log_probs.shape[1], dtype=log_probs.dtype, device=log_probs.device)
+    powers = _powers(discount, costs)
     total = costs * _box(log_probs.cumsum(1))
     if baseline is not None:
-        level = _mean_of_others(costs, discount, times) if isinstance(baseline, str) else baseline
+        level = _mean_of_others(costs, powers) if isinstance(baseline, str) else baseline
         total = total + level * (1 - _box(log_probs))
-    return (discount**times * total).sum(1).mean()
+    return (powers * total).sum(1).mean()
 
 
 def _box(x: Tensor) -> Tensor:
     return (x - x.detach()).exp()
 
 
-def _mean_of_others(costs: Tensor, discount: Numeric, times: Tensor) -> Tensor:
+def _powers(discount: Numeric, costs: Tensor) -> Tensor:
+    """Those of the discount, shape (times,). Of a tensor they are products, which have derivatives at 0, too."""
+    length, dtype = costs.shape[1], precise_dtype(costs.dtype)
+    if not isinstance(discount, Tensor):
+        return (discount ** torch.arange(length, dtype=dtype, device=costs.device)).to(costs.dtype)
+    one = torch.ones(1, dtype=dtype, device=costs.device)
+    return torch.cat([one, discount.to(one).expand(length)])[:length].cumprod(0).to(costs.dtype)
+
+
+def _mean_of_others(costs: Tensor, powers: Tensor) -> Tensor:
     """The discounted costs from each time on, the mean over all trajectories but the own one."""
-    lags = times[:, None] - times
-    to_go = costs @ (discount ** lags.clamp(min=0)).tril()
+    times = torch.arange(len(powers), device=powers.device)
+    to_go = costs @ powers[(times[:, None] - times).clamp(min=0)].tril()
     return (to_go.sum(0) - to_go) / (len(costs) - 1)
 
 
 def _check(log_probs: Tensor, costs: Tensor, discount: Numeric, baseline: Any) -> None:
     flatten_floating((log_probs, costs), "(log_probs, costs)")
-    if log_probs.ndim != 2 or log_probs.shape != costs.shape:
+    if log_probs.ndim != 2 or log_probs.shape != costs.shape or not len(costs):
         raise ValueError(
-            "`log_probs` and `costs` must both be of shape (trajectories, times); got "
+            "`log_probs` and `costs` must both be of shape (trajectories, times), of one trajectory or more; got "
             f"{tuple(log_probs.shape)} and {tuple(costs.shape)}."
         )
     check_hyperparameter("discount", discount, at_least=0.0, below=1.0 + 1e-12)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.implicit import Adjoint
-from diffopt.meta.adapt import evaluate
+from diffopt.meta.adapt import check_loss, evaluate
 from diffopt.meta.maml import support_and_query
-from diffopt.meta.task_batch import count_tasks, task_batch, task_mean
+from diffopt.meta.task_batch import check_pair, count_tasks, task_batch, task_mean
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.solvers import minimize
 from diffopt.transforms import GradientTransformation
@@ -67,6 +67,7 @@ def adapt_proximal(
     """
     check_hyperparameter("strength", strength, above=0.0)
     check_solver(solver)
+    check_loss(loss)
     leaves, _ = flatten_floating(params, "params")
 
     def proximal(phi: Tree, theta: Tree, data: Tree, strength: Numeric) -> Tensor:
@@ -115,7 +116,8 @@ def imaml(
     Raises:
         SolverError: If the solver did not converge for every task, and `throw` is not False.
         TypeError: As in `adapt_proximal`.
-        ValueError: As in `adapt_proximal`; if tasks are no pair, there are none, or leaves differ in their number.
+        ValueError: As in `adapt_proximal`; if `in_dims` or the tasks are no pair, there are none, or leaves differ in
+            their number.
 
     Example:
         >>> loss = lambda w, target: ((w - target) ** 2).sum()
@@ -128,7 +130,10 @@ def imaml(
     """
     check_hyperparameter("strength", strength, above=0.0)
     check_solver(solver)
+    check_pair(in_dims)
     final = loss if query_loss is None else query_loss
+    check_loss(loss)
+    check_loss(final, "query_loss")
 
     def of_task(params: Tree, tasks: Any) -> Tensor:
         support, query = tasks

@@ -132,8 +132,9 @@ def _evaluations(losses: Callable, args: tuple, count: int, key: Tensor | None, 
 
 
 def _one_each(values: Any, count: int) -> Any:
-    if not isinstance(values, (tuple, list, Tensor)) or len(values) != count:
-        found = f"{len(values)} of them" if isinstance(values, (tuple, list, Tensor)) else type(values).__name__
+    several = isinstance(values, (tuple, list)) or (isinstance(values, Tensor) and values.ndim > 0)
+    if not several or len(values) != count:
+        found = f"{len(values)} of them" if several else type(values).__name__
         raise ValueError(f"`losses` must return one scalar for each of the {count} players; got {found}.")
     return values
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.meta.adapt import Checkpoint, Mask, adapt, check_inner, evaluate
-from diffopt.meta.task_batch import count_tasks, task_batch, task_mean
+from diffopt.meta.adapt import Checkpoint, Mask, adapt, check_inner, check_loss, evaluate
+from diffopt.meta.task_batch import check_pair, count_tasks, task_batch, task_mean
 from diffopt.transforms import GradientTransformation
 from diffopt.typing import Tree
 
@@ -53,8 +53,9 @@ def maml(
         query. A key is split over tasks and steps.
 
     Raises:
-        TypeError: If a parameter is no floating-point tensor, or `loss` returns no scalar.
-        ValueError: If `steps` is negative, tasks are no pair, there are none, or leaves differ in their number.
+        TypeError: If a parameter is no floating-point tensor, a loss is no function, or one returns no scalar.
+        ValueError: If `steps` is negative, `in_dims` or the tasks are no pair, there are none, or leaves differ in
+            their number.
 
     Example:
         >>> import torch
@@ -139,7 +140,9 @@ def meta_loss_of(
 ) -> Callable[..., Any]:
     """The meta-loss of the whole family."""
     check_inner(loss, optimizer, steps)
+    check_pair(in_dims)
     final = loss if query_loss is None else query_loss
+    check_loss(final, "query_loss")
 
     def of_task(params: Tree, tasks: Any, buffers: Tree, key: Tensor | None) -> Any:
         support, query = tasks

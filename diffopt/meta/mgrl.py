@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import tree
 from diffopt.autodiff import grad, unroll, value_and_grad
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms import GradientTransformation, step
@@ -120,6 +121,8 @@ def mgrl(
         return step(optimizer, grad(inner_loss)(params, params, meta, batch), state, params), None
 
     def learn(state: MGRLState, batches: Tree, held_out: Any) -> tuple[MGRLState, MGRLInfo]:
+        _check_rows(batches)
+
         def after_window(meta: Tree) -> tuple[Tensor, tuple[Tree, Any]]:
             start = (state.params, state.optimizer_state)
             carry, _ = unroll(lambda carry, batch: update(carry, meta, batch), start, batches)
@@ -191,6 +194,17 @@ def _over_time(name: str, factor: Numeric, rewards: Tensor) -> Tensor:
     except RuntimeError as error:
         shapes = f"{tuple(factor.shape)} for rewards {tuple(rewards.shape)}"
         raise ValueError(f"`{name}` must be a number or broadcast to the shape of `rewards`; got {shapes}.") from error
+
+
+def _check_rows(batches: Tree) -> None:
+    leaves = tree.leaves(batches)
+    rows = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
+    if len(rows) != 1 or None in rows:
+        found = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
+        raise ValueError(
+            "`batches` must be a tree of tensors that share their first dimension, that of the inner steps; got "
+            f"{found or 'an empty tree'}."
+        )
 
 
 def _check_options(inner_loss: Any, outer_loss: Any, optimizer: Any, meta_optimizer: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt import random, tree
 from diffopt.meta.adapt import adapt, check_inner
-from diffopt.meta.task_batch import count_tasks, task_batch, task_mean
+from diffopt.meta.task_batch import check_pair, count_tasks, task_batch, task_mean
 from diffopt.transforms import GradientTransformation
 from diffopt.typing import Tree
 
@@ -48,7 +48,7 @@ def reptile(
 
     Raises:
         TypeError: If a parameter is no floating-point tensor, or `loss` returns no scalar.
-        ValueError: If `steps` is negative, there are no tasks, or leaves differ in their number.
+        ValueError: If `steps` is negative, `in_dims` is no pair, there are no tasks, or leaves differ in their number.
 
     Example:
         >>> import torch
@@ -61,6 +61,7 @@ def reptile(
         Nichol, Achiam and Schulman (2018), On first-order meta-learning algorithms, algorithm 1.
     """
     check_inner(loss, optimizer, steps)
+    check_pair(in_dims)
 
     def of_task(params: Tree, data: Tree, buffers: Tree, key: Tensor | None) -> Any:
         adapted = adapt(loss, params, data, optimizer, steps, buffers=buffers, key=key)

@@ -41,15 +41,18 @@ def reweight(
         losses: `losses(params, batch)`, the loss of each example, shape (n,).
         meta_loss: `meta_loss(params, meta_batch)`, a scalar, on data that are clean, or balanced as the test data are.
         optimizer: What takes the foreseen step; by default plain gradient descent. Others, such as momentum, need their
-            state, and differentiate through their step.
+            state, and differentiate through their step. Adam's is not differentiable at the first one, where its
+            moments are 0 (without `eps_root`, weights are NaN): give the state of some steps on.
 
     Returns:
-        `weights(params, batch, meta_batch, state=None)`, shape (n,), which sum to 1; all are 0 where no example helps.
+        `weights(params, batch, meta_batch, state=None)`, shape (n,), which sum to 1; all are 0 where no example helps,
+        and NaN where the gradient of an example is.
 
     Raises:
         TypeError: If arguments are not functions, the optimizer is no transformation, parameters are not floating-point
             tensors, or the meta loss is not a scalar.
-        ValueError: If losses are not of shape (n,) with n of at least 1, or a state is missing or of no use.
+        ValueError: If losses are not of shape (n,) with n of at least 1, or a state is missing, of no use or of another
+            optimizer.
 
     Example:
         >>> losses = lambda w, batch: (batch[0] * w - batch[1]) ** 2
@@ -65,7 +68,7 @@ def reweight(
 
     def weights(params: Tree, batch: Any, meta_batch: Any, state: Any = None) -> Tensor:
         leaves, treespec = flatten_floating(params, "params")
-        _check_state(optimizer, state)
+        _check_state(optimizer, state, params)
 
         def each(*leaves: Tensor) -> Tensor:
             return _one_dimensional(losses(tree.unflatten(treespec, leaves), batch))
@@ -92,8 +95,10 @@ def _through_step(each: Callable, leaves: list[Tensor], treespec: Any, meta_loss
 
 
 def _normalized(weights: Tensor) -> Tensor:
+    largest = weights.amax()
+    weights = weights / torch.where(largest == 0, 1.0, largest)  # so that the sum does not overflow
     total = weights.sum()
-    return weights / torch.where(total > 0, total, 1.0)
+    return weights / torch.where(total == 0, 1.0, total)
 
 
 def _one_dimensional(values: Any) -> Tensor:
@@ -102,14 +107,18 @@ def _one_dimensional(values: Any) -> Tensor:
         raise ValueError(
             f'`losses` must return the loss of each example, shape (n,); got {found}. Use reduction="none".'
         )
+    if not values.is_floating_point():
+        raise TypeError(f"`losses` must return floating-point numbers; got {values.dtype}.")
     return values
 
 
-def _check_state(optimizer: Any, state: Any) -> None:
+def _check_state(optimizer: Any, state: Any, params: Tree) -> None:
     if optimizer is None and state is not None:
         raise ValueError("`state` is that of an `optimizer`, and none was given to `reweight`.")
     if optimizer is not None and state is None:
         raise ValueError("weights by an optimizer's step need its state: `weights(params, batch, meta_batch, state)`.")
+    if optimizer is not None:
+        tree.check_like(state, optimizer.init(params), name="state", reference_name="optimizer.init(params)")
 
 
 def _check_options(losses: Any, meta_loss: Any, optimizer: Any) -> None:

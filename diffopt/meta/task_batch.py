@@ -15,7 +15,7 @@ from diffopt import tree
 from diffopt.autodiff import checkpoint
 from diffopt.typing import Tree
 
-__all__ = ["count_tasks", "task_batch", "task_mean"]
+__all__ = ["check_pair", "count_tasks", "task_batch", "task_mean"]
 
 
 def task_mean(values: Tree) -> Tree:
@@ -63,7 +63,7 @@ def task_batch(
         A function of the arguments of `fn`.
 
     Raises:
-        TypeError: If `fn` returns a leaf that is not a tensor.
+        TypeError: If `fn` returns a leaf that is not a tensor, or `reduce` is no function.
         ValueError: If `in_dims` does not fit, there are no tasks, or tensors differ in their number; the message names
             the leaf.
 
@@ -75,6 +75,8 @@ def task_batch(
     """
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"`chunk_size` must be None or a positive int; got {chunk_size!r}.")
+    if reduce is not None and not callable(reduce):
+        raise TypeError(f"`reduce` must be a function of the stacked results, or None; got {type(reduce).__name__}.")
 
     @functools.wraps(fn)
     def batched(*args: Any) -> Tree:
@@ -147,6 +149,16 @@ def count_tasks(args: Sequence[Any], name: str, dims: Sequence[int | None]) -> i
     if size == 0:
         raise ValueError(f"the batch of tasks is empty: `{_path(name, args, first, other)}` has none.")
     return size
+
+
+def check_pair(in_dims: Any) -> None:
+    """Check the `in_dims` of what is a function of (params, tasks)."""
+    if not isinstance(in_dims, (tuple, list)) or len(in_dims) != 2:
+        raise ValueError(
+            "`in_dims` must be a pair, the dimensions of (params, tasks) over which tasks run, such as (None, 0) or "
+            f"(0, 0); got {in_dims!r:.60}."
+        )
+    _dims(in_dims, 2)
 
 
 def _path(name: str, args: Sequence[Any], index: int, leaf: int) -> str:

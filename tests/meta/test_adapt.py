@@ -145,5 +145,9 @@ def test_bad_arguments_raise_early():
         adapt(START, START, CENTRE, sgd(0.1), 1)
     with pytest.raises(ValueError, match="holds for none"):
         adapt(quadratic, START, CENTRE, sgd(0.1), 1, mask=False)
+    with pytest.raises(ValueError, match="`state` must have the structure"):
+        adapt(quadratic, START, CENTRE, adam(0.1), 1, state=sgd(0.1, momentum=0.9).init(START))
+    with pytest.raises(ValueError, match=r"`state.* must have shape"):
+        adapt(quadratic, START, CENTRE, adam(0.1), 1, state=adam(0.1).init(START[:1]))
     with pytest.raises(ValueError, match="checkpoint must be"):
         adapt(quadratic, START, CENTRE, sgd(0.1), 1, checkpoint="all")

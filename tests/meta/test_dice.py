@@ -102,6 +102,28 @@ def test_the_ends_of_the_discount(discount):
         torch.testing.assert_close(value, want.mean())
 
 
+@pytest.mark.parametrize("at", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("baseline", [None, "leave_one_out"])
+def test_a_discount_carries_derivatives_of_every_order_also_at_its_ends(at, baseline):
+    def by_horizon(discount):
+        """A polynomial in the discount, without powers."""
+        weights = torch.stack([torch.ones_like(discount), discount, discount * discount])
+        return (costs(PATHS) * weights).sum(1).mean()
+
+    at = torch.tensor(at, dtype=F64)
+    for derivative in (grad, lambda f: grad(grad(f)), lambda f: grad(grad(grad(f)))):
+        found = derivative(lambda g: dice(log_probs(THETA, PATHS), costs(PATHS), g, baseline=baseline))(at)
+        torch.testing.assert_close(found, derivative(by_horizon)(at))
+
+
+def test_dtypes_may_differ_and_low_precision_counts_every_time():
+    mixed = dice(log_probs(THETA, PATHS).float(), costs(PATHS), DISCOUNT, baseline="leave_one_out")
+    torch.testing.assert_close(mixed, dice(log_probs(THETA, PATHS), costs(PATHS), DISCOUNT))
+    late = torch.zeros(1, 300, dtype=torch.bfloat16)  # bfloat16 has no 299
+    late[0, -1] = 1.0
+    torch.testing.assert_close(dice(torch.ones_like(late), late, 0.99).item(), 0.99**299, rtol=0.01, atol=0)
+
+
 def test_errors_come_early():
     ones = torch.ones(4, 3)
     with pytest.raises(ValueError, match="trajectories, times"):
@@ -114,6 +136,9 @@ def test_errors_come_early():
         dice(ones, ones, 1.5)
     with pytest.raises(ValueError, match="leave_one_out"):
         dice(ones, ones, baseline="mean")
+    for baseline in (None, "leave_one_out"):
+        with pytest.raises(ValueError, match="one trajectory or more"):
+            dice(ones[:0], ones[:0], baseline=baseline)
     with pytest.raises(ValueError, match="two trajectories"):
         dice(ones[:1], ones[:1], baseline="leave_one_out")
     with pytest.raises(ValueError, match="baseline"):

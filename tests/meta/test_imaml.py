@@ -105,6 +105,10 @@ def test_bad_arguments_raise_early():
         imaml(quadratic, 0.0)
     with pytest.raises(TypeError, match="Wrap it: FromOptimizer"):
         imaml(quadratic, 1.0, solver=sgd(0.1))
+    with pytest.raises(ValueError, match="`in_dims` must be a pair"):
+        imaml(quadratic, 1.0, in_dims=0)
+    with pytest.raises(TypeError, match="`query_loss` must be a function"):
+        imaml(quadratic, 1.0, query_loss=3)
     with pytest.raises(TypeError, match="int64"):
         imaml(quadratic, 1.0)(torch.tensor([1, 2, 3]), (support, query))
     with pytest.raises(ValueError, match="pair"):

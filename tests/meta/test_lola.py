@@ -201,5 +201,7 @@ def test_errors_come_early():
         lola(bilinear, 0.1)((X, torch.tensor([1, 2])))
     with pytest.raises(ValueError, match="one scalar for each"):
         lola(lambda players: bilinear(players)[:1], 0.1)((X, Y))
+    with pytest.raises(ValueError, match="one scalar for each of the 2 players; got Tensor"):
+        lola(lambda players: bilinear(players)[0], 0.1)((X, Y))
     with pytest.raises(TypeError, match="scalar"):
         lola(lambda players: players, 0.1)((X, Y))

@@ -345,6 +345,12 @@ def test_chunks_keys_and_buffers_compile():
     assert_trees_close(compiled(params, buffers, tasks, key), slope(params, buffers, tasks, key))
 
 
+@pytest.mark.parametrize("in_dims", [0, (0,), (None, 0, 0), (None, (0, 0)), None])
+def test_dimensions_are_a_pair(in_dims):
+    with pytest.raises(ValueError, match="`in_dims` must"):
+        maml(quadratic, sgd(0.1), 1, in_dims=in_dims)
+
+
 def test_bad_arguments_raise_early():
     support, query = quadratic_tasks()
     with pytest.raises(ValueError, match=r"steps.*at least 0; got -1"):
@@ -353,6 +359,8 @@ def test_bad_arguments_raise_early():
         maml(quadratic, sgd(0.1), 1.0)
     with pytest.raises(TypeError, match="GradientTransformation"):
         fomaml(quadratic, 0.1, 1)
+    with pytest.raises(TypeError, match="`query_loss` must be a function"):
+        maml(quadratic, sgd(0.1), 1, query_loss=3)
     meta_loss = maml(quadratic, sgd(0.1), 1)
     with pytest.raises(ValueError, match=r"pair \(support, query\)"):
         meta_loss(START, support)

@@ -185,8 +185,9 @@ def test_errors_come_early():
         learner.init(one, torch.tensor(1))
     with pytest.raises(ValueError, match="nothing to learn"):
         learner.init(one, {})
-    with pytest.raises(ValueError, match="dimension"):
-        learner.step(learner.init(one, one), one, one)
+    for batches in (one, None, 1.0, (torch.ones(2), torch.ones(3)), (torch.ones(2), one)):
+        with pytest.raises(ValueError, match=r"`batches` must be .* share their first dimension"):
+            learner.step(learner.init(one, one), batches, one)
     with pytest.raises(TypeError, match="scalar"):
         mgrl(inner, lambda params, held_out: held_out, sgd(0.1), sgd(0.1)).step(
             learner.init(one, one), torch.ones(1), torch.ones(2)

@@ -63,6 +63,8 @@ def test_buffers_and_keys():
 def test_bad_arguments_raise_early():
     with pytest.raises(ValueError, match="at least 0"):
         reptile(quadratic, sgd(0.1), -2)
+    with pytest.raises(ValueError, match="`in_dims` must be a pair"):
+        reptile(quadratic, sgd(0.1), 1, in_dims=0)
     with pytest.raises(ValueError, match="empty"):
         reptile(quadratic, sgd(0.1), 1)(START, torch.zeros(0, 3))
     tasks = regression_tasks()[0]

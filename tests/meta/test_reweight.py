@@ -124,6 +124,15 @@ def test_derivatives_in_what_the_losses_captured():
     check_hypergradient(value, (torch.tensor(0.2, dtype=F64), torch.tensor(0.1, dtype=F64)))
 
 
+def test_weights_neither_overflow_nor_hide_what_is_not_finite():
+    batch, meta = (torch.ones(9, 1), torch.ones(9)), (torch.ones(1, 1), torch.ones(1))
+    scale = 5e37  # nine agreements of this size exceed what float32 has
+    large = reweight(lambda w, data: scale * squares(w, data), mean_square)(torch.zeros(1), batch, meta)
+    torch.testing.assert_close(large, torch.full((9,), 1 / 9))
+    broken = (batch[0], torch.tensor([1.0] * 8 + [float("nan")]))
+    assert reweight(squares, mean_square)(torch.zeros(1), broken, meta).isnan().all()
+
+
 def test_errors_come_early():
     batch, meta = draw(0, 5), draw(1, 4)
     with pytest.raises(TypeError, match="meta_loss"):
@@ -142,3 +151,7 @@ def test_errors_come_early():
         reweight(squares, mean_square, sgd(0.1))(W, batch, meta)
     with pytest.raises(ValueError, match="state"):
         reweight(squares, mean_square)(W, batch, meta, sgd(0.1).init(W))
+    with pytest.raises(ValueError, match="`state` must have the structure"):
+        reweight(squares, mean_square, adam(0.1))(W, batch, meta, sgd(0.1).init(W))
+    with pytest.raises(TypeError, match=r"`losses` must return floating-point numbers; got torch.int64"):
+        reweight(lambda w, data: (squares(w, data) > 1).long(), mean_square)(W, batch, meta)

@@ -113,5 +113,7 @@ def test_bad_arguments_raise():
         task_batch(quadratic, in_dims=(None, None))(START, A[0])
     with pytest.raises(ValueError, match="chunk_size"):
         task_batch(quadratic, chunk_size=0)
+    with pytest.raises(TypeError, match="`reduce` must be a function"):
+        task_batch(quadratic, reduce="mean")
     with pytest.raises(TypeError, match="must return tensors; found float"):
         task_batch(lambda w, c: 1.0, in_dims=(None, 0))(START, centres)
