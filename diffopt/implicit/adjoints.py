@@ -100,7 +100,7 @@ class Response:
         objective: `(x, *args) -> scalar`, which the solution minimizes.
         retrace: `(truncate, checkpoint, *args) -> x`, the steps that led to the iterate, to be differentiated; with
             `truncate` the last ones alone.
-        adapt: `v -> A^T v`, where `A` is the derivative of a step in its gradient.
+        step: `gradient -> x`, the iterate after one more step along a gradient.
     """
 
     x: Tree
@@ -108,7 +108,7 @@ class Response:
     equation: Equation
     objective: Callable[..., Tensor]
     retrace: Callable[..., Tree]
-    adapt: Callable[[Tree], Tree]
+    step: Callable[[Tree], Tree]
 
 
 class Info(NamedTuple):
@@ -126,10 +126,12 @@ class Info(NamedTuple):
 class Adjoint(Protocol):
     """What an adjoint is: a value with these methods. The last three serve problems whose solver runs elsewhere.
 
-    `retraces` says whether those call the response's `retrace`.
+    `retraces` says whether those call the response's `retrace`, `moves` whether `pull` compares values away from `x`
+    and `args`.
     """
 
     retraces: ClassVar[bool]
+    moves: ClassVar[bool]
 
     def solve(self, run: Solve, equation: Equation, init: Tree, args: tuple, *, batching: Batching) -> tuple[Tree, Any]:
         """`(x, aux)`, where `x` has this adjoint's derivative in `args` and captured tensors, and `aux` has none."""
@@ -171,6 +173,7 @@ class Implicit:
     linear_solver: LinearSolver | None = None
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
 
     def __post_init__(self):
         check_solver(self.linear_solver, "linear_solver")
@@ -242,6 +245,7 @@ class Unrolled:
     truncate: int | None = None
 
     retraces: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.truncate is not None and not _positive_int(self.truncate):
@@ -315,6 +319,7 @@ class OneStep:
     step_size: float | Tensor = 1.0
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.step_size, (int, float, Tensor)):
@@ -346,6 +351,7 @@ class Detached:
     """No derivative: the solution is a constant."""
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
 
     def solve(self, run, equation, init, args, *, batching: Batching = "vmap"):
         """See `Adjoint`."""

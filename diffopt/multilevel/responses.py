@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import grad, unroll, value_and_grad
+from diffopt.autodiff import grad, jvp, unroll, value_and_grad
 from diffopt.implicit.adjoints import Equation, Info, Response
 from diffopt.multilevel.level import Edge, Level
 from diffopt.multilevel.precision import autocast
@@ -47,13 +47,17 @@ class Block(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """All that a gradient may look at: parameters, the states of optimizers and of methods, batches, and last steps."""
+    """All that a gradient may look at: parameters, the states of optimizers and of methods, batches, and last steps.
+
+    With `follow`, the levels below one that is moved from its parameters move with it, to first order.
+    """
 
     params: Mapping[str, Tree]
     optimizers: Mapping[str, Any]
     methods: Mapping[tuple[str, str], Any]
     batches: Mapping[str, Any]
     blocks: Mapping[str, Block]
+    follow: bool = False
 
 
 class Report(NamedTuple):
@@ -112,7 +116,8 @@ def total_gradient(
         held = [cotangents[member] for member in group.members if member in cotangents]
         if not held:
             continue
-        response, pair, edge = _response(program, group, moment), (name, group.name), group.edge
+        pair, edge = (name, group.name), group.edge
+        response = _response(program, group, moment._replace(follow=moment.follow or edge.method.moves))
         size = None if edge.gain is None else tree.norm(held)
         del held
         parts, after[pair], info = edge.method.pull(response, _taken(cotangents, response.x), moment.methods[pair])
@@ -198,9 +203,26 @@ def _found(program: Program, name: str, moment: Moment, known: dict[str, Tree], 
             known.update({member: moment.params[member] for member in group.members})
         else:
             args = tuple(_found(program, name, moment, known, other) for other in group.outside)
-            response = _response(program, group, moment, args)
-            known.update(group.edge.method.respond(response, moment.methods[name, group.name]))
+            known.update(_answer(program, name, group, moment, args))
     return known[read]
+
+
+def _answer(program: Program, name: str, group: Group, moment: Moment, args: tuple[Tree, ...]) -> dict[str, Tree]:
+    """How a group answers to what it reads, which may have moved from the moment's parameters."""
+    state = moment.methods[name, group.name]
+    flat, treespec = tree.flatten(args)
+
+    def respond(*flat: Tensor) -> tuple[Tensor, ...]:
+        response = _response(program, group, moment, tree.unflatten(treespec, flat))
+        return tuple(tree.leaves(group.edge.method.respond(response, state)))
+
+    found = respond(*flat)
+    if moment.follow:
+        here = tree.leaves(tuple(moment.params[outside] for outside in group.outside))
+        away = [(new - old).detach() for new, old in zip(flat, here, strict=True)]
+        found = [x + dx for x, dx in zip(found, jvp(respond, here, away)[1], strict=True)]
+    members = {member: moment.params[member] for member in group.members}
+    return tree.unflatten(tree.flatten(members)[1], found)
 
 
 def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
@@ -221,12 +243,11 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
     def retrace(truncate, checkpoint, *args):
         return _retraced(program, group, moment, args, truncate, checkpoint)
 
-    def adapt(v):
-        gradient = residual(x, *args)
-        return {member: _adapted(program, member, moment, gradient[member], v[member]) for member in x}
+    def stepped(gradient):
+        return {m: moved(program, m, gradient[m], moment.optimizers[m], params)[0] for m, params in x.items()}
 
     symmetric = len(group.members) == 1
-    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, adapt)
+    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, stepped)
 
 
 def _value(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tensor]:
@@ -243,12 +264,6 @@ def _value(program: Program, name: str, group: Group, moment: Moment) -> Callabl
 def _slope(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tree]:
     value = _value(program, name, group, moment)
     return lambda x, args: grad(lambda own: value({**x, name: own}, args))(x[name])
-
-
-def _adapted(program, name, moment, gradient, v) -> Tree:
-    optimizer, params = program.levels[name].optimizer, moment.params[name]
-    along = lambda g: -tree.vdot(v, optimizer.update(g, moment.optimizers[name], params)[0])  # noqa: E731
-    return grad(along)(gradient)
 
 
 def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, Tree]:

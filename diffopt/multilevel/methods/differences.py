@@ -5,8 +5,6 @@ r"""The mixed second derivative along a direction, from two gradients.
           \qquad \epsilon = \frac{r}{\|u\|}
 """
 
-from typing import Any
-
 import torch
 
 from diffopt import tree
@@ -14,7 +12,7 @@ from diffopt.autodiff import grad
 from diffopt.implicit.adjoints import Response
 from diffopt.typing import Tree
 
-__all__ = ["check_radius", "first_order", "pulled_by_difference"]
+__all__ = ["check_radius", "pulled_by_difference"]
 
 
 def check_radius(radius: float | None) -> None:
@@ -47,10 +45,3 @@ def pulled_by_difference(response: Response, u: Tree, radius: float | None) -> t
     low = slopes(tree.map(lambda x, u: x - epsilon * u, x, u), *response.args)
     divisor = torch.where(epsilon > 0, 2 * epsilon, 1.0)
     return tree.map(lambda low, high: (low - high) / divisor, low, high)
-
-
-def first_order(response: Response, apply: Any) -> Tree:
-    r"""The iterate with the derivative :math:`-P\,\partial_\theta F`, where `apply` is :math:`v \mapsto P v`."""
-    slope = response.equation.residual(response.x, *response.args)
-    change = apply(tree.map(lambda g: g - g.detach(), slope))
-    return tree.map(lambda x, c: x - c, response.x, change)

@@ -43,6 +43,7 @@ class FiniteDifference:
     radius: float | None = None
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = True
 
     def __post_init__(self):
         check_radius(self.radius)

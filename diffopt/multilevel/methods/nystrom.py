@@ -9,7 +9,6 @@ from torch import Tensor
 from diffopt import random, tree
 from diffopt.implicit.adjoints import Info, Response, pulled
 from diffopt.linalg import hessian_operator
-from diffopt.multilevel.methods.differences import first_order
 from diffopt.typing import Tree
 
 __all__ = ["Nystrom"]
@@ -46,6 +45,7 @@ class Nystrom:
     damping: float | Tensor = 1e-2
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:
@@ -74,7 +74,9 @@ class Nystrom:
         unravel = tree.ravel(response.x)[1]
         H = hessian_operator(lambda x: response.objective(x, *response.args), response.x)
         product = H.bind(*(p.detach() for p in H.parameters)).matvec
-        return first_order(response, lambda v: unravel(self._inverse(product, state, tree.ravel(v)[0])))
+        slope = tree.ravel(response.equation.residual(response.x, *response.args))[0]
+        change = unravel(self._inverse(product, state, slope - slope.detach()))
+        return tree.map(lambda x, c: x - c, response.x, change)
 
     def _inverse(self, product, key: Tensor, v: Tensor) -> Tensor:
         rank = min(self.rank, v.numel())

@@ -44,6 +44,7 @@ class Reinforce:
     num_samples: int
 
     retraces: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     def __post_init__(self):
         if not self.sigma > 0:

@@ -5,8 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from diffopt import tree
+from diffopt.autodiff import grad
 from diffopt.implicit.adjoints import Info, Response, unsolved
-from diffopt.multilevel.methods.differences import check_radius, first_order, pulled_by_difference
+from diffopt.multilevel.methods.differences import check_radius, pulled_by_difference
 from diffopt.typing import Tree
 
 __all__ = ["SAMA"]
@@ -16,13 +18,13 @@ __all__ = ["SAMA"]
 class SAMA:
     r"""The response of one step of the lower level's optimizer, in two more gradients.
 
-    .. math:: u = A^\top \bar x, \quad A = -\,\frac{\partial\,\text{update}(g)}{\partial g}, \qquad
+    .. math:: u = A^\top \bar x, \quad A = -\,\frac{\partial\,\text{step}(g)}{\partial g}, \qquad
               \bar\theta = -\,\frac{\nabla_\theta \Phi(x + \epsilon u) - \nabla_\theta \Phi(x - \epsilon u)}{2 \epsilon}
 
-    `A` is found by differentiating the optimizer's update in its gradient, so that every optimizer serves, its bias
-    correction, weight decay and schedule included: for sgd it is the learning rate, for Adam its rates adapted to each
-    parameter. No graph of second order of the loss is built. Gradients are compared at other values, so a
-    `detach` in the lower loss does not hold here. Biased, as `FiniteDifference` is.
+    `A` is found by differentiating the level's step in its gradient, so that every optimizer serves, its bias
+    correction, weight decay and schedule included, and the level's clipping and projection: for sgd it is the learning
+    rate, for Adam its rates adapted to each parameter. No graph of second order of the loss is built. Gradients are
+    compared at other values, so a `detach` in the lower loss does not hold here. Biased, as `FiniteDifference` is.
 
     Args:
         radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
@@ -41,6 +43,7 @@ class SAMA:
     radius: float | None = None
 
     retraces: ClassVar[bool] = False
+    moves: ClassVar[bool] = True
 
     def __post_init__(self):
         check_radius(self.radius)
@@ -51,10 +54,12 @@ class SAMA:
 
     def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
         """See `diffopt.implicit.Adjoint`."""
-        u = response.adapt(cotangent)
-        del cotangent  # it may be as large as all parameters
+        slope = response.equation.residual(response.x, *response.args)
+        u = grad(lambda g, v: -tree.vdot(v, response.step(g)))(slope, cotangent)
+        del cotangent, slope  # they may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
     def respond(self, response: Response, state) -> Tree:
-        """See `diffopt.implicit.Adjoint`; with the exact mixed derivative, for optimizers that mix no parameters."""
-        return first_order(response, response.adapt)
+        """See `diffopt.implicit.Adjoint`; with the exact mixed derivative."""
+        x = response.step(response.equation.residual(response.x, *response.args))
+        return tree.map(lambda at, new: at + (new - new.detach()), response.x, x)
