@@ -28,6 +28,7 @@ def functional(
         else.
 
     Raises:
+        TypeError: If module is no module.
         ValueError: By the function, if names are missing or unexpected.
 
     Example:
@@ -39,5 +40,7 @@ def functional(
         >>> net.weight.grad
         tensor([[3., 3.]])
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a module; got {type(module).__name__}.")
     function, _, _ = from_module(module)
     return function, dict(module.named_parameters()), dict(module.named_buffers())

@@ -257,6 +257,11 @@ class _Equation:
             if found.keys() != set(self.names):
                 raise ValueError(f"`optimality` must name the parameters {list(self.names)}; got {list(found)}.")
             return tuple(found[name] for name in self.names)
+        if not isinstance(found, Tensor | tuple | list):
+            raise ValueError(
+                f"`optimality` must return a dict from the names {list(self.names)}, or a tuple, of tensors; got "
+                f"{type(found).__name__}."
+            )
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
     def value(self, x: tuple, held: tuple, data: tuple, named: dict[str, Any]) -> Tensor:
@@ -320,7 +325,10 @@ def _run(solve: Callable[..., Any], module: ImplicitModule, held: list[Place], d
         if result is not None and result is not module:
             raise TypeError(f"`solve` must return self or nothing; got {type(result).__name__}.")
         after = dict(module.named_parameters())
-        tree.check_like({n: after.get(n) for n in places}, {n: p.tensor for n, p in places.items()})
+        tree.check_like(
+            {n: after[n] for n in places if n in after}, {n: p.tensor for n, p in places.items()},
+            name="the parameters after `solve`", reference_name="those before",
+        )  # fmt: skip
         return tuple(after[name].detach().clone() for name in places)
     except BaseException:
         for place, tensor in zip(places.values(), before, strict=True):

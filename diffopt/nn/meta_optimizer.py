@@ -45,7 +45,7 @@ class MetaOptimizer:
 
     Raises:
         TypeError: If params holds other things, such as a generator of parameters, or optimizer is no transformation.
-        ValueError: If a tensor, or no parameter of a module, requires grad.
+        ValueError: If params is empty, or holds a tensor, or a module of parameters, none of which requires grad.
 
     Example:
         >>> from diffopt.optimizers import sgd
@@ -69,6 +69,8 @@ class MetaOptimizer:
             hint = "; call the factory, as in sgd(0.1)" if callable(optimizer) else ""
             raise TypeError(f"`optimizer` must be a GradientTransformation; got {type(optimizer).__name__}{hint}.")
         members, spec = tree.flatten(params)
+        if not members:
+            raise ValueError("`params` must hold a module or a tensor; got an empty tree.")
         self._modules = [m for m in members if isinstance(m, nn.Module)]
         self.tensors = [m for m in members if isinstance(m, Tensor)]
         layout = tree.unflatten(spec, _layout(members, [f"params{path}" for path in tree.paths(params)]))
@@ -93,8 +95,9 @@ class MetaOptimizer:
                 ``value``.
 
         Raises:
-            TypeError: If the loss is not a tensor.
-            ValueError: If it is not a number, has no graph, or does not depend on some parameter.
+            TypeError: If the loss is not a floating-point tensor.
+            ValueError: If it is not a number, has no graph, or does not depend on some parameter; if a parameter has
+                been frozen.
             RuntimeError: Under a `torch.func` transform, or without grad mode.
         """
         _check_loss(loss)
@@ -108,6 +111,12 @@ class MetaOptimizer:
             place.put(tensor)
 
     def _gradients(self, loss: Tensor, flat: list[Tensor], allow_unused: bool) -> Tree:
+        frozen = [name for name, tensor in zip(self._names, flat, strict=True) if not tensor.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"params{', params'.join(frozen)} no longer require grad: freeze parameters before making the "
+                "MetaOptimizer, or make a new one."
+            )
         found = torch.autograd.grad(loss, flat, create_graph=not self.first_order, retain_graph=True, allow_unused=True)
         unused = [name for name, gradient in zip(self._names, found, strict=True) if gradient is None]
         if unused and not allow_unused:
@@ -176,6 +185,8 @@ def _check_loss(loss: Any) -> None:
         raise RuntimeError("MetaOptimizer.step differentiates, and needs grad mode: leave torch.no_grad() around it.")
     if not isinstance(loss, Tensor):
         raise TypeError(f"`loss` must be a tensor; got {type(loss).__name__}.")
+    if not loss.is_floating_point():
+        raise TypeError(f"`loss` must be a real floating-point number; got {loss.dtype}.")
     if loss.ndim or not loss.requires_grad:
         raise ValueError(
             f"`loss` must be a number with a graph; got shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}."

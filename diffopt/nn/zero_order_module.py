@@ -13,6 +13,9 @@ from diffopt.zero_order import smoothed
 __all__ = ["ZeroOrderModule"]
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 class ZeroOrderModule(nn.Module):
     r"""A module whose output has estimated derivatives in its parameters.
 
@@ -34,7 +37,7 @@ class ZeroOrderModule(nn.Module):
     Raises:
         TypeError: If module is no module, or an option is unknown or has no meaning here; and as by `smoothed`.
         ValueError: As by `smoothed`; when called, if no parameter requires grad, or a submodule in train mode tracks
-            running statistics.
+            running statistics or drops out.
 
     Example:
         >>> import torch
@@ -79,7 +82,7 @@ class ZeroOrderModule(nn.Module):
             *args: The module's arguments.
             **kwargs: The module's arguments by name.
         """
-        _check_statistics(self.module)
+        _check_modes(self.module)
         function, params, buffers = functional(self.module)
         trained = {name: value for name, value in params.items() if value.requires_grad}
         if not trained:
@@ -92,10 +95,15 @@ class ZeroOrderModule(nn.Module):
         return estimate(key, trained, *args, **kwargs)
 
 
-def _check_statistics(module: nn.Module) -> None:
+def _check_modes(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if child.training and getattr(child, "track_running_stats", False):
             raise ValueError(
                 f"submodule {name or 'itself'!r} tracks running statistics, and each perturbed module would have its "
                 "own: call its .eval(), or make it with track_running_stats=False."
+            )
+        if child.training and isinstance(child, _DROPOUTS) and child.p > 0:
+            raise ValueError(
+                f"submodule {name or 'itself'!r} drops out, and each perturbed module would draw a mask of its own, "
+                "not from the key: call its .eval()."
             )

@@ -41,7 +41,7 @@ def make_dot(value: Any, named: Mapping[str, Any], *, operations: bool = False) 
         The source of the graph in the DOT language, for `to_svg`, the command ``dot`` or any viewer.
 
     Raises:
-        TypeError: If something is not a tensor, a module or a tree of tensors.
+        TypeError: If something is not a tensor, a module or a tree of tensors, or a label no string.
         ValueError: If value does not depend on anything that requires grad.
 
     Example:
@@ -87,12 +87,15 @@ def to_svg(dot: str) -> str:
         The SVG, a text: write it to a file, or show it in a notebook by ``IPython.display.SVG``.
 
     Raises:
+        TypeError: If the source is no text.
         RuntimeError: If Graphviz is not installed, or refuses the source.
 
     Example:
         >>> to_svg("digraph { a -> b }")[:5] if shutil.which("dot") else "<?xml"
         '<?xml'
     """
+    if not isinstance(dot, str):
+        raise TypeError(f"`dot` must be the source of a graph, from `make_dot`; got {type(dot).__name__}.")
     command = shutil.which("dot")
     if command is None:
         raise RuntimeError(
@@ -110,6 +113,8 @@ def _names_of(named: Mapping[str, Any]) -> Iterator[_Name]:
     if not isinstance(named, Mapping):
         raise TypeError(f"`named` must be a dict from labels to trees of tensors; got {type(named).__name__}.")
     for label, held in named.items():
+        if not isinstance(label, str):
+            raise TypeError(f"a label in `named` must be a string; got {type(label).__name__}: {label!r:.60}.")
         if not label:
             raise ValueError('a label in `named` must not be empty; name it, as in {"start": params}.')
         yield from _tensors_of(label, held, label)

@@ -37,7 +37,7 @@ def place_of(tensor: Tensor) -> Place | None:
     """Where a tensor stands in a graph; None where it is a constant. An alias stands where its tensor does."""
     if not tensor.requires_grad:
         return None
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         alias = tensor.view_as(tensor)  # of a leaf, too, it has a node, with the leaf's above
     place = Place(alias.grad_fn, 0)
     while _renames(place, tensor):

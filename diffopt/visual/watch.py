@@ -1,6 +1,7 @@
 """`watch`: keep what a function is given and returns, call by call, so that a graph can name it."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ def watch(fn: Callable[..., Any], named: dict[str, Any], label: str = "step") ->
         A function of the same values. Watch anew for each run, with a new dict: what is kept is not freed before.
 
     Raises:
+        TypeError: If `fn` is no function, or `named` no dict.
         RuntimeError: While compiling, where nothing can be kept.
 
     Example:
@@ -39,13 +41,16 @@ def watch(fn: Callable[..., Any], named: dict[str, Any], label: str = "step") ->
         >>> named["step 1"]
         {'x': tensor(3.), 'value': tensor(6.)}
     """
+    if not callable(fn) or not isinstance(named, dict):
+        raise TypeError(f"`watch` takes a function and a dict; got {type(fn).__name__} and {type(named).__name__}.")
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise RuntimeError("`watch` keeps tensors of eager calls: leave out compile where you draw a graph.")
         value = fn(*args, **kwargs)
-        kept = dict(zip(_names(fn, len(args)), args, strict=True)) | kwargs | {"value": value}
+        given = dict(zip(_names(fn, len(args)), args, strict=True)) | kwargs
+        kept = {f"{name} given" if name == "value" else name: held for name, held in given.items()} | {"value": value}
         count = sum(1 for name in named if name.rpartition(" ")[0] == label)
         named[f"{label} {count}"] = {name: _bottom(held) for name, held in kept.items() if tree.partition(held)[0]}
         return value
@@ -56,7 +61,8 @@ def watch(fn: Callable[..., Any], named: dict[str, Any], label: str = "step") ->
 def _names(fn: Callable[..., Any], count: int) -> list[str]:
     """What a function calls its positional arguments."""
     code = getattr(fn, "__code__", None)
-    found = list(code.co_varnames[: code.co_argcount][:count]) if code is not None else []
+    bound = int(inspect.ismethod(fn))  # a method is given its object, too
+    found = list(code.co_varnames[bound : code.co_argcount][:count]) if code is not None else []
     return found + [f"arg {i}" for i in range(len(found), count)]
 
 

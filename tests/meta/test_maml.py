@@ -338,7 +338,7 @@ def test_chunks_keys_and_buffers_compile():
         return loss(params, buffers, {**data, "x": data["x"] + 0.1 * random.normal(key, data["x"].shape)})
 
     def slope(params, buffers, tasks, key):
-        meta_loss = maml(keyed, adamw(0.1), 2, chunk_size=2)
+        meta_loss = maml(keyed, adamw(0.1, eps_root=1e-8), 2, chunk_size=2)
         return diffopt.grad(meta_loss, has_aux=True)(params, tasks, buffers=buffers, key=key)
 
     compiled = diffopt.compile(slope, backend="aot_eager")

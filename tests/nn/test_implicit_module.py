@@ -482,6 +482,9 @@ def test_refuses_an_optimality_unlike_the_parameters():
         inner(lambda self: (self.w, self.w)).solve(X, Y)
     with pytest.raises(ValueError, match="one equation for each unknown"):
         inner(lambda self: self.w[:2]).solve(X, Y)
+    for found in (None, 3.0):
+        with pytest.raises(ValueError, match=r"a dict from the names \['w'\], or a tuple"):
+            inner(lambda self, found=found: found).solve(X, Y)
 
 
 def test_refuses_problems_without_parameters():

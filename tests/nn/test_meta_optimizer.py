@@ -386,6 +386,7 @@ def test_steps_down_a_parabola(rate, steps):
         (mlp, diffopt.sgd, TypeError, "call the factory"),
         (mlp, torch.optim.SGD(mlp().parameters()), TypeError, "GradientTransformation"),
         (nn.Tanh, diffopt.sgd(0.1), ValueError, "requires grad"),
+        (dict, diffopt.sgd(0.1), ValueError, "empty tree"),
         (lambda: {"w": torch.ones(2)}, diffopt.sgd(0.1), ValueError, r"params\['w'\]"),
         (lambda: (lambda w: [w, w])(torch.ones(2, requires_grad=True)), diffopt.sgd(0.1), ValueError, "nowhere else"),
         (lambda: (lambda m: [m, m])(mlp()), diffopt.sgd(0.1), ValueError, r"params\[1\]"),
@@ -406,10 +407,15 @@ def test_refuses_losses_that_have_no_gradient():
     with pytest.raises(ValueError, match="requires_grad=False"):
         inner.step(torch.ones(()))
     loss = inner_loss(net)
+    with pytest.raises(TypeError, match=r"real .* got torch.complex"):
+        inner.step(loss + 0j)
     with torch.no_grad(), pytest.raises(RuntimeError, match="grad mode"):
         inner.step(loss)
     with pytest.raises(RuntimeError, match=r"diffopt\.step"):
         vmap(lambda x: inner.step(net(x).sum()))(X)
+    net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"params\['0.*no longer require grad"):
+        inner.step(net(X).sum())
     net[0] = nn.Identity()
     with pytest.raises(ValueError, match=r"no parameter '0\.\w+' any more"):
         inner.step(net(numbers(2, 4)).sum())

@@ -113,6 +113,10 @@ def test_refuses_what_has_no_estimate():
         ZeroOrderModule(linear(), -0.1, 8)
     with pytest.raises(ValueError, match="requires grad"):
         ZeroOrderModule(linear().requires_grad_(False), 0.1, 8)(KEY, X)
+    dropped = ZeroOrderModule(nn.Sequential(linear(), nn.Dropout(0.5)), 0.1, 8)
+    with pytest.raises(ValueError, match="submodule '1' drops out"):
+        dropped(KEY, X)
+    assert dropped.eval()(KEY, X).shape == (5, 1)
     normed = ZeroOrderModule(nn.Sequential(linear(), nn.BatchNorm1d(1).double()), 0.1, 8)
     with pytest.raises(ValueError, match="submodule '1' tracks running statistics"):
         normed(KEY, X)

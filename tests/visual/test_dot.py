@@ -147,6 +147,7 @@ def test_no_graph_raises(value):
     [
         ([leaf(1.0)], TypeError, "dict from labels"),
         ({"a": {"b": 1.0}}, TypeError, r"`a\['b'\]` must be a tensor"),
+        ({3: leaf(1.0)}, TypeError, "must be a string; got int"),
         ({"": leaf(1.0)}, ValueError, "must not be empty"),
     ],
 )
@@ -163,6 +164,19 @@ def test_svg():
     assert "quoted" in svg
     with pytest.raises(RuntimeError, match="could not draw"):
         to_svg("no graph")
+
+
+def test_svg_takes_a_text():
+    with pytest.raises(TypeError, match="source of a graph"):
+        to_svg(None)
+
+
+def test_inference_mode_shows_the_graph_of_before():
+    a = leaf(1.0)
+    value = 2 * a
+    with torch.inference_mode():
+        inside = make_dot(value, {"a": a})
+    assert inside == make_dot(value, {"a": a})
 
 
 def test_without_graphviz_the_error_names_it(monkeypatch):

@@ -27,6 +27,22 @@ def test_under_transforms_the_plain_tensors_are_kept():
     torch.testing.assert_close(named["step 0"]["value"], x**3)
 
 
+def test_arguments_have_the_names_that_they_are_called_by():
+    class Player:
+        def loss(self, value, scale):
+            return value * scale
+
+    named = {}
+    watch(Player().loss, named)(torch.tensor(2.0), torch.tensor(3.0))
+    assert named["step 0"] == {"value given": 2.0, "scale": 3.0, "value": 6.0}
+
+
+@pytest.mark.parametrize(("fn", "named"), [(3, {}), (torch.sin, [])])
+def test_wrong_arguments_raise(fn, named):
+    with pytest.raises(TypeError, match="a function and a dict"):
+        watch(fn, named)
+
+
 def test_compiling_raises():
     with pytest.raises(Exception, match="leave out compile"):
         diffopt.compile(watch(lambda x: 2 * x, {}), backend="eager")(torch.ones(1))
