@@ -3,7 +3,8 @@
 A tensor that a user's function captured inside a `custom_derivative` would lose its gradient silently. `hoist` walks
 what the function holds (closure cells, defaults, globals, partials, bound methods, containers, modules, plain
 objects) and rebuilds it with other tensors in their places; `check_closed` runs it on plain inputs and raises when the
-output is tracked all the same.
+output is tracked all the same. The tensors of a module that `tree.from_module` made a function of are left out: every
+call is given others.
 """
 
 import copy
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from diffopt import tree
 from diffopt.autodiff.levels import first_lane, is_live, is_tracked
+from diffopt.tree.module import ModuleFunction
 
 __all__ = ["check_closed", "hoist"]
 
@@ -156,19 +158,27 @@ def _make_object(item: Any, parts: list[Any]) -> Any:
     return made
 
 
-def _module_parts(module: nn.Module) -> list[Any]:
-    parts = []
-    for name, value in module.__dict__.items():
-        parts += value.values() if name in _MODULE_DICTS else [value]
-    return parts
+def _module_kind(*opened: str) -> _Kind:
+    """Modules, with the values of some of their dicts among the parts; the other dicts of tensors stay as they are."""
 
+    def parts_of(module: nn.Module) -> list[Any]:
+        parts = []
+        for name, value in module.__dict__.items():
+            parts += value.values() if name in opened else [] if name in _MODULE_DICTS else [value]
+        return parts
 
-def _make_module(module: nn.Module, parts: list[Any]) -> nn.Module:
-    given = iter(parts)
-    made = object.__new__(type(module))
-    for name, value in module.__dict__.items():
-        made.__dict__[name] = {n: next(given) for n in value} if name in _MODULE_DICTS else next(given)
-    return made
+    def make(module: nn.Module, parts: list[Any]) -> nn.Module:
+        given = iter(parts)
+        made = object.__new__(type(module))
+        for name, value in module.__dict__.items():
+            if name in opened:
+                value = {n: next(given) for n in value}
+            elif name not in _MODULE_DICTS:
+                value = next(given)
+            made.__dict__[name] = value
+        return made
+
+    return _Kind(parts_of, make)
 
 
 def _make_container(item: Any, parts: list[Any]) -> Any:
@@ -196,7 +206,8 @@ _METHOD = _Kind(lambda m: [m.__self__], lambda m, parts: types.MethodType(m.__fu
 _PARTIAL = _Kind(lambda p: [p.func, p.args, p.keywords], _make_partial)
 _CONTAINER = _Kind(lambda c: list(c) if len(c) <= _MOST_ITEMS else _HIDDEN, _make_container)
 _MAPPING = _Kind(lambda m: list(m.values()) if len(m) <= _MOST_ITEMS else _HIDDEN, _make_mapping)
-_MODULE = _Kind(_module_parts, _make_module)
+_MODULE = _module_kind(*_MODULE_DICTS)
+_EMPTIED = _module_kind("_modules")  # a module whose own tensors are not used
 _OBJECT = _Kind(_object_parts, _make_object)
 _EXACT = {
     types.FunctionType: _FUNCTION, types.MethodType: _METHOD, functools.partial: _PARTIAL,
@@ -205,18 +216,23 @@ _EXACT = {
 _EMPTY = object()
 
 
-def _kind(item: Any) -> _Kind:
+def _kind(item: Any, emptied: frozenset[int] = frozenset()) -> _Kind:
     exact = _EXACT.get(type(item))
     if exact is not None:
         return exact
     if isinstance(item, nn.Module):
-        return _MODULE
+        return _EMPTIED if id(item) in emptied else _MODULE
     if isinstance(item, (list, tuple, set, frozenset)):
         return _CONTAINER
     return _MAPPING if isinstance(item, dict) else _OBJECT
 
 
-def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
+def _emptied(function: ModuleFunction) -> frozenset[int]:
+    """The modules whose own tensors a function of a module does not use."""
+    return frozenset(map(id, function.module.modules()))
+
+
+def _scan(roots: Sequence[Any], emptied: frozenset[int] = frozenset()) -> tuple[bool, bool]:
     """Whether something tracked is reached, and whether everything was seen: cheaper than planning a rebuild."""
     stack, seen, tracked, complete = list(roots), {}, False, True
     while stack:
@@ -231,7 +247,11 @@ def _scan(roots: Sequence[Any]) -> tuple[bool, bool]:
         if isinstance(item, Tensor):
             tracked = tracked or is_tracked(item)
             continue
-        parts = _kind(item).parts(item)
+        if isinstance(item, ModuleFunction):
+            within = _scan([item.module], _emptied(item))
+            tracked, complete = tracked or within[0], complete and within[1]
+            continue
+        parts = _kind(item, emptied).parts(item)
         complete = complete and parts is not _HIDDEN and _class_is_transparent(item)
         stack += parts
         if len(seen) > _MOST_VISITS:
@@ -271,8 +291,9 @@ class _Rebuild:
 class _Plan:
     """One walk: the tracked tensors found, and for every object a way to rebuild it, or None to keep it."""
 
-    def __init__(self):
-        self.captured: list[Tensor] = []
+    def __init__(self, captured: list[Tensor] | None = None, emptied: frozenset[int] = frozenset()):
+        self.captured: list[Tensor] = [] if captured is None else captured
+        self.emptied = emptied
         self.builds: dict[int, tuple[Any, Build | None]] = {}  # by id, with the object, so that no id is reused
         self.open: set[int] = set()
         self.cyclic = False
@@ -294,12 +315,22 @@ class _Plan:
     def _tensor(self, tensor: Tensor) -> Build | None:
         if not is_tracked(tensor):
             return None
-        place = len(self.captured)
-        self.captured.append(tensor)
+        place = next((i for i, known in enumerate(self.captured) if known is tensor), len(self.captured))
+        if place == len(self.captured):
+            self.captured.append(tensor)
         return lambda new: new.values[place]
 
+    def _function_of_a_module(self, item: ModuleFunction) -> Build | None:
+        """What else than the tensors given anew a module holds, in a plan of its own: elsewhere they may be used."""
+        module, plan = item.module, _Plan(self.captured, _emptied(item))
+        build = plan.visit(module)
+        self.cyclic = self.cyclic or plan.cyclic
+        return build and (lambda new: ModuleFunction(_Rebuild(new.values).get(module, build)))
+
     def _other(self, item: Any) -> Build | None:
-        kind = _kind(item)
+        if isinstance(item, ModuleFunction):
+            return self._function_of_a_module(item)
+        kind = _kind(item, self.emptied)
         parts = kind.parts(item)
         builds = [self.visit(part) for part in parts]
         if not any(builds):

@@ -40,7 +40,5 @@ def functional(
         >>> net.weight.grad
         tensor([[3., 3.]])
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`module` must be a module; got {type(module).__name__}.")
     function, _, _ = from_module(module)
     return function, dict(module.named_parameters()), dict(module.named_buffers())

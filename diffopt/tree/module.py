@@ -10,12 +10,10 @@ from torch.func import functional_call
 
 from diffopt.tree.structure import leaves
 
-__all__ = ["from_module", "to_module"]
+__all__ = ["ModuleFunction", "from_module", "to_module"]
 
 
-def from_module(
-    module: nn.Module,
-) -> tuple[Callable[..., tuple[Any, dict[str, Tensor]]], dict[str, Tensor], dict[str, Tensor]]:
+def from_module(module: nn.Module) -> tuple["ModuleFunction", dict[str, Tensor], dict[str, Tensor]]:
     """Turn a module into a pure function of its parameters and buffers.
 
     The function runs the module itself, in the train or eval mode that it has at the call, with the given
@@ -24,9 +22,6 @@ def from_module(
     running statistics of a batch norm in train mode, comes back as new buffers. Batch norm under
     `torch.func.vmap` may start from shared buffers: each lane returns its own. Dropout draws from torch's
     global generator, as ever (give `vmap` its ``randomness``).
-
-    What looks for captured tensors (implicit derivatives, checkpoints) finds the module's own parameters as well, and
-    keeps their graph. Unless a derivative in them is wanted, freeze them: `module.requires_grad_(False)`.
 
     Args:
         module: Any module.
@@ -37,6 +32,7 @@ def from_module(
         not require grad) and share the module's memory. A parameter used under several names is one entry.
 
     Raises:
+        TypeError: If `module` is no module.
         ValueError: By the function, if names are missing or unexpected.
 
     Example:
@@ -45,21 +41,38 @@ def from_module(
         >>> buffers["running_mean"], new_buffers["running_mean"]
         (tensor([0., 0.]), tensor([0.1000, 0.1000]))
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a torch.nn.Module; got {type(module).__name__}.")
     params = {name: value.detach() for name, value in module.named_parameters()}
     buffers = {name: value.detach() for name, value in module.named_buffers()}
+    return ModuleFunction(module), params, buffers
 
-    def function(
-        params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
+
+class ModuleFunction:
+    """A module as a function of its parameters and buffers; its own are never used.
+
+    Args:
+        module: Any module.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._param_names = {name for name, _ in module.named_parameters()}
+        self._buffer_names = {name for name, _ in module.named_buffers()}
+        self._name_of = _name_of_place(module)
+
+    def __call__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        _check_names(params, param_names, "params")
-        _check_names(buffers, buffer_names, "buffers")
-        state = {**params, **_fresh(buffers, _tracked(module), (dict(params), args, list(kwargs.values())))}
-        output = functional_call(module, state, args, kwargs)
-        # functional_call writes reassigned buffers back into the dict that it was given.
+        """The output and the new buffers."""
+        _check_names(params, self._param_names, "params")
+        _check_names(buffers, self._buffer_names, "buffers")
+        state = {**params, **_fresh(buffers, _tracked(self.module), (dict(params), args, list(kwargs.values())))}
+        state = {place: state[name] for place, name in self._name_of.items()}
+        # with tie_weights, torch leaves a submodule that stands in two places with the values given
+        output = functional_call(self.module, state, args, kwargs, tie_weights=False)
+        # functional_call writes reassigned buffers back into the dict that it was given
         return output, {name: state[name] for name in buffers}
-
-    param_names, buffer_names = set(params), set(buffers)
-    return function, params, buffers
 
 
 def to_module(
@@ -108,6 +121,18 @@ def _rebuild(module: nn.Module, value_of: Callable[[Tensor], Tensor]) -> nn.Modu
     for buffer in module.buffers():
         memo[id(buffer)] = value_of(buffer)
     return copy.deepcopy(module, memo)
+
+
+def _name_of_place(module: nn.Module) -> dict[str, str]:
+    """The name of the tensor in each place; a tensor in several has the name of the first, as everywhere in torch."""
+    names: dict[Tensor, str] = {}
+    places: dict[str, str] = {}
+    for prefix, child in module.named_modules():
+        for name, value in (*child._parameters.items(), *child._buffers.items()):
+            if value is not None:
+                place = f"{prefix}.{name}" if prefix else name
+                places[place] = names.setdefault(value, place)
+    return places
 
 
 def _tracked(module: nn.Module) -> frozenset[str]:

@@ -11,7 +11,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.testing import assert_close
 
+from diffopt import tree
 from diffopt.autodiff import check_closed, checkpoint, hoist, unroll
 from diffopt.implicit import custom_fixed_point, custom_root
 from diffopt.linalg import function_operator, jacobian_operator, linear_solve
@@ -439,6 +441,54 @@ def test_a_captured_module_has_the_gradient_of_the_unrolled_loop(network, shape)
     expected = torch.autograd.grad((iterate(torch.zeros_like(shift), shift) ** 2).sum(), parameters)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-10)  # the contraction halves the error 40 times
+
+
+class Odd(nn.Module):
+    """A module that uses a parameter of its own, one out of reach of its registry, and a tensor of another."""
+
+    def __init__(self, outside):
+        super().__init__()
+        self.inner = nn.Linear(2, 2).double()
+        self.aliases = [self.inner, nn.Linear(2, 2).double()]
+        self.outside = outside
+
+    def forward(self, x):
+        return self.aliases[0](x) + self.aliases[1](x) * self.outside
+
+
+def test_a_function_of_a_module_does_not_hold_the_parameters_that_it_is_given():
+    net = Scale(nn.Parameter(ONE))
+    assert hoist(tree.from_module(net)[0]).captured == []
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    function, params, buffers = tree.from_module(net)
+    assert hoist(lambda x: function(params, buffers, x)[0]).captured == []
+    both = hoist(lambda x: function(params, buffers, x)[0] + net[0].weight.sum())
+    assert [id(t) for t in both.captured] == [id(p) for p in net.parameters()]
+
+
+def test_a_function_of_a_module_holds_what_else_the_module_holds():
+    torch.manual_seed(0)
+    outside = THETA.clone().requires_grad_()
+    module = Odd(outside)
+    function, params, _ = tree.from_module(module)
+    rebuild, captured, _ = hoist(function)
+    assert {id(t) for t in captured} == {id(t) for t in (outside, *module.aliases[1].parameters())}
+    values = [torch.zeros_like(t) for t in captured]
+    assert_close(rebuild(*values)(params, {}, A)[0], module.inner(A))
+    assert_close(rebuild(*captured)(params, {}, A)[0], module(A))
+
+
+@pytest.mark.parametrize("solve", [custom_root, custom_fixed_point], ids=lambda f: f.__name__)
+def test_a_trainable_module_leaves_no_graph_behind(solve):
+    net = nn.Linear(2, 2).double()
+    function, params, _ = tree.from_module(net)
+
+    def equation(x, shift):
+        return function(params, {}, x)[0] * 0.1 + shift - (x if solve is custom_root else 0)
+
+    assert not solve(equation)(lambda init, shift: init)(ONE, A).requires_grad
+    weighted = solve(lambda x, shift: equation(x, shift) + 0 * net.weight.sum())
+    assert weighted(lambda init, shift: init)(ONE, A).requires_grad
 
 
 def test_check_closed_returns_the_leaves_and_raises_on_what_is_tracked():

@@ -35,7 +35,7 @@ def test_buffers_come_back_and_the_module_keeps_its_own():
     _, new = function(params, buffers, x)
     torch.testing.assert_close(new["running_mean"], 0.1 * x.mean(0))
     assert torch.equal(net.running_mean, torch.zeros(2, dtype=F64))
-    with pytest.raises(TypeError, match="`module` must be a module; got builtin"):
+    with pytest.raises(TypeError, match="got builtin"):
         functional(torch.sin)
     with pytest.raises(ValueError, match="missing"):
         function({}, buffers, x)

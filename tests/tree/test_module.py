@@ -154,6 +154,28 @@ class Counter(nn.Module):
         return x * self.count
 
 
+def test_a_submodule_in_two_places_is_left_as_it_was():
+    shared = nn.Linear(2, 2).double()
+    module = nn.Sequential(shared, nn.Tanh(), nn.BatchNorm1d(2).double(), shared)
+    weight, x = shared.weight, inputs(4, 2)
+    function, params, buffers = tree.from_module(module)
+    doubled = {name: 2 * p for name, p in params.items()}
+
+    def by_hand(p):
+        layer = lambda x: x @ p["0.weight"].T + p["0.bias"]  # noqa: E731
+        normed = nn.functional.batch_norm(torch.tanh(layer(x)), None, None, p["2.weight"], p["2.bias"], training=True)
+        return layer(normed)
+
+    output, new_buffers = function(doubled, buffers, x)
+    torch.testing.assert_close(output, by_hand(doubled))
+    assert new_buffers["2.num_batches_tracked"] == 1
+    assert shared.weight is weight
+    assert module[3] is shared
+    slope = grad(lambda p: function(p, buffers, x)[0].pow(2).sum())(params)
+    torch.testing.assert_close(slope, grad(lambda p: by_hand(p).pow(2).sum())(params))
+    assert shared.weight is weight
+
+
 def test_reassigned_and_updated_buffers_come_back():
     module = Counter()
     function, params, buffers = tree.from_module(module)
@@ -197,3 +219,8 @@ def test_bad_names_and_shapes():
         function(params, {**buffers, "extra": torch.ones(1)}, inputs(5, 3))
     with pytest.raises(ValueError, match=r"`params\['0.bias'\]` must have shape \(4,\); got \(3,\)"):
         tree.to_module(module, {**params, "0.bias": torch.ones(3)}, buffers)
+
+
+def test_what_is_no_module_raises():
+    with pytest.raises(TypeError, match="Module; got int"):
+        tree.from_module(3)
