@@ -134,7 +134,7 @@ def _smooth(options: Options, value: str, argnums: Any, f: Callable[..., Any], h
         sigma = take_to_ranks(flatten_sigma(options.sigma, members), options.reduce)
         row, aux = _estimate(options, members, key, sigma)
         if value == "f":
-            row = _center(members) + (row - row.detach())
+            row = _center(members).detach() + (row - row.detach())
         out = members.restore(row)
         return (out, aux) if has_aux else out
 

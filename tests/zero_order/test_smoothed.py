@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jacrev, vmap
+from torch.testing import assert_close
 
 from diffopt import random
 from diffopt.zero_order import (
@@ -57,6 +58,18 @@ def test_value_is_unbiased(name):
     f, value = SMOOTHINGS[name]
     check_mean(lambda key: smoothed(f, SIGMA, 8)(key, X), value(X, f64(SIGMA)))
     assert torch.equal(smoothed(f, SIGMA, 8, value="f")(KEY, X), f(X).to(torch.float64))
+
+
+@pytest.mark.parametrize("value", ["smoothed", "f"])
+@pytest.mark.parametrize("method", ["antithetic", "forward", "naive"])
+def test_other_arguments_have_the_mean_of_the_samples_derivatives(method, value):
+    """Of a function linear in them and in x: that at x itself, but for the mean of the noise in one sided samples."""
+    scale = f64([0.5, -2.0, 3.0])[: X.numel()].requires_grad_()
+    F = smoothed(lambda x, a: (x * a * scale).sum(), SIGMA, 8, method=method, value=value)
+    members = smoothed(lambda x: x, SIGMA, 8, method=method)(KEY, X)
+    a = torch.ones_like(X)
+    assert_close(grad(F, argnums=2)(KEY, X, a), members * scale.detach())
+    assert_close(torch.autograd.grad(F(KEY, X, a), scale)[0], members)
 
 
 @pytest.mark.parametrize("options", ESTIMATORS.values(), ids=ESTIMATORS)
