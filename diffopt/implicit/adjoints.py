@@ -204,8 +204,8 @@ class Implicit:
             jacobian, cotangent, solver and solver.transposed(), init=start, throw=False, has_aux=True
         )
         # of a cotangent with NaN an iterative solver keeps its start: not what is to be told, nor where to start again
-        lost = stats.residual.isnan()
-        later = tree.map(lambda new, old: torch.where(lost, old, new.detach()), u, state)
+        lost, worse = stats.residual.isnan(), stats.residual > 1  # worse than none: no place to start from either
+        later = tree.map(lambda new, old: torch.where(lost, old, torch.where(worse, 0.0, new.detach())), u, state)
         u = tree.map(lambda u: torch.where(lost, torch.nan, u), u)
         return pulled(response, u), later, Info(stats.residual, stats.steps)
 

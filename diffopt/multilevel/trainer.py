@@ -200,7 +200,8 @@ class _Run:
             raise NotFiniteError(
                 f"update {number} gave numbers that are not finite in {', '.join(where)}; the state before it is in "
                 f"`trained` of this error{f', and in {self.file}' if self.file else ''}. Look at the batch of this "
-                f'update and at the learning rates, or go on with on_nan="skip" or "rollback"',
+                "update, at the learning rates and at the residuals of its reports (damping bounds a solve), or go on "
+                'with on_nan="skip" or "rollback"',
                 trained,
             )
         back = self.saved if self.on_nan == "rollback" else trained

@@ -44,6 +44,22 @@ def test_conjugate_gradients_are_exact_in_as_many_steps_as_unknowns():
     assert error(Implicit(CG(rtol=0.0, max_steps=1))) > 1e-3
 
 
+def test_a_solve_that_failed_is_no_place_to_start_the_next():
+    """Of a system that is not definite; each solve started from the last one's answer, which grew without end."""
+    h = torch.tensor([2.0, 1.0, 0.5, 0.3, 0.1, -0.4, -0.2, 0.05], dtype=torch.float64)
+    levels = {
+        "a": Level(lambda a, b, _: ((b - 1) ** 2).sum(), sgd(1e-4), reads=("b",)),
+        "b": Level(lambda b, a, _: (h * b**2).sum() / 2 + a @ b, sgd(1e-4), reads=("a",)),
+    }
+    two = graph(levels, [Edge("a", "b", Implicit(CG(max_steps=2)))])
+    state = two.init(random.key(0), {"a": torch.zeros_like(h), "b": torch.linspace(-1, 2, 8, dtype=h.dtype)})
+    seen = []
+    for _ in range(20):
+        state, metrics = two.update(state)
+        seen.append(metrics["a"].reports["b"].residual)
+    assert max(seen[10:]) < 1.1 * max(seen[:10]) < 20
+
+
 def test_neumann_converges_at_its_geometric_rate():
     errors = [error(Implicit(Neumann(n, 0.4))) for n in (10, 20, 30)]
     assert errors[2] < 1e-3
