@@ -1,14 +1,15 @@
 """A network that weighs examples by their losses, on digits with rare classes and wrong labels (meta-weight net).
 
-    min_v  CE_meta(w*(v)),   w*(v) = argmin_w  mean_i  V(l_i; v) l_i,   l_i = CE(w; x_i, y_i)
+    min_v  CE_meta(w*(v)),   w*(v) = argmin_w  mean_i V(l_i; v) l_i + ridge/2 |w|^2,   l_i = CE(w; x_i, y_i)
 
 V maps a loss to a weight in (0, 1). Of five digits there are 100 training images each, of the other five 20 each, and
 40% of the labels are wrong; the meta set has 5 clean images a digit. One step of the classifier for one of V, whose
 response is that step, differentiated as it is, `Unrolled()`.
 
 The meta set are 50 labeled images, and it is only fair to ask what they are worth without any weights: the plain
-rivals train on the training set, and on both together. The latter wins: the weights do tell wrong labels from right
-ones, and 50 images are worth more as training data.
+rivals train on the training set, and on both together. On average over seeds the weights do better than the training
+set alone, as they tell wrong labels from right ones; but both sets together do better still: 50 images are worth more
+as training data.
 
 Run it: python examples/multilevel/reweighting.py
 """
@@ -77,7 +78,7 @@ def program() -> Graph:
 
     def fit(w, v, batch):
         each = losses(w, *batch)
-        return (weigh(v, each.detach()) * each).mean() + RIDGE / 2 * (w["W"] ** 2).sum()
+        return (weigh(v, each.detach()) * each).mean() + ridge(w)
 
     levels = {
         "weigher": Level(lambda v, w, batch: losses(w, *batch).mean(), adam(0.03), reads=("classifier",)),
@@ -118,7 +119,8 @@ def error(w: Tree, data: Labeled) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    errors, weights = run()
-    for name, share in errors.items():
-        print(f"test error, {name}: {100 * share:.1f}%")
-    print("mean weight of a label that is", ", ".join(f"{name}: {value:.2f}" for name, value in weights.items()))
+    errors, weights = zip(*(run(seed) for seed in range(4)), strict=True)
+    for name in errors[0]:
+        print(f"test error, {name}, by seed:", " ".join(f"{100 * share[name]:.1f}%" for share in errors))
+    for name in weights[0]:
+        print(f"mean weight of a label that is {name}, by seed:", " ".join(f"{mean[name]:.2f}" for mean in weights))

@@ -64,6 +64,21 @@ def test_reweighting_runs():
     assert all(0 < value < 1 for value in weights.values())
 
 
+def test_weights_tell_wrong_labels_and_beat_training_without_them_but_not_on_both_sets():
+    errors, weights = reweighting.run(quiet=True)
+    assert weights["right"] > 1.5 * weights["wrong"]
+    assert errors["training and meta set"] < errors["learned weights"] < errors["training set"]
+
+
+@pytest.mark.slow
+def test_the_order_of_weights_and_rivals_over_seeds():
+    errors, weights = zip(*(reweighting.run(seed, quiet=True) for seed in range(4)), strict=True)
+    mean = {name: sum(share[name] for share in errors) / 4 for name in errors[0]}
+    assert mean["training and meta set"] < mean["learned weights"] - 0.01
+    assert mean["learned weights"] < mean["training set"] - 0.02
+    assert all(value["right"] > 1.5 * value["wrong"] for value in weights)
+
+
 def test_a_search_runs():
     name, errors = architecture_search.run(updates=25, rivals=1, quiet=True)
     assert set(name.split(", ")) <= set(architecture_search.OPERATIONS)
