@@ -9,12 +9,13 @@ do well. MAML differentiates the return after that step with respect to where it
 
 Both gradients come from games alone: `dice` makes the inner one differentiable again, so that the outer one also knows
 how the start changes what is explored. The rivals start from the uniform policy, and from the policy that does best on
-the average over tasks without adapting. Returns are judged exactly, by dynamic programming, on new games and all
-goals. `vmap` runs goals and worlds at once.
+the average over tasks without adapting, trained on as many games. Returns are judged exactly, by dynamic programming,
+on new games and all goals. `vmap` runs goals and worlds at once.
 
 Run it: python examples/maml_rl.py
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,13 +68,13 @@ def best_return(world: Tensor, goal: Tensor) -> Tensor:
     return values[0]
 
 
-def sampled_loss(logits: Tensor, world: Tensor, goal: Tensor, key: Tensor) -> Tensor:
+def sampled_loss(logits: Tensor, world: Tensor, goal: Tensor, key: Tensor, games: int = GAMES) -> Tensor:
     """Minus the return of sampled games, with derivatives of every order."""
     act, move = random.split(key, 2)
     policy, odds = logits.detach().softmax(1).cumsum(1), world.cumsum(2)
     # what would be done in every state, so that the loop below only looks up
-    actions = (random.uniform(act, (GAMES, HORIZON, STATES, 1)) > policy[:, :-1]).sum(-1)
-    draws, state, path = random.uniform(move, (HORIZON, GAMES, 1)), torch.zeros(GAMES, dtype=torch.long), []
+    actions = (random.uniform(act, (games, HORIZON, STATES, 1)) > policy[:, :-1]).sum(-1)
+    draws, state, path = random.uniform(move, (HORIZON, games, 1)), torch.zeros(games, dtype=torch.long), []
     for t in range(HORIZON):
         action = actions[:, t].gather(1, state[:, None])[:, 0]
         following = (draws[t] > odds[state, action, :-1]).sum(1)
@@ -103,8 +104,8 @@ def maml_loss(logits: Tensor, world: Tensor, key: Tensor) -> Tensor:
 
 
 def average_loss(logits: Tensor, world: Tensor, key: Tensor) -> Tensor:
-    """The mean loss over goals without adaptation."""
-    losses = vmap(sampled_loss, in_dims=(None, None, 0, 0))
+    """The mean loss over goals without adaptation, in as many games as MAML plays before and after its step."""
+    losses = vmap(functools.partial(sampled_loss, games=2 * GAMES), in_dims=(None, None, 0, 0))
     return losses(logits, world, torch.arange(GOALS), random.split(key, GOALS)).mean()
 
 
