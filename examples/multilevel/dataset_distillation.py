@@ -3,8 +3,9 @@
     min_{X, r}  CE_train(w_10),   w_{t+1} = w_t - e^r grad CE(w_t; X, 0..9)
 
 The lower level starts anew each time, `start="reset"`, and its ten steps are differentiated as they are,
-`Unrolled()`. The plain rivals train on as many real images, and on the mean image of each digit, with the rate that
-does best for each; and on the whole training set, which is what a distilled set is measured against.
+`Unrolled()`. The plain rivals train on as many real images, on the mean image of each digit, and on the whole
+training set, which is what a distilled set is measured against; each with the rate that does best on the test set, in
+their favour.
 
 Run it: python examples/multilevel/dataset_distillation.py
 """
