@@ -8,8 +8,9 @@ The meta set are 50 labeled images, and it is only fair to ask what they are wor
 train on the training set alone, on the meta set alone, on both together, and on both with each class weighted by
 one over its size. `vmap` runs the seeds side by side.
 
-The weights are worth it where labels are wrong, and then on both sets together: 14% test errors, against 26% of plain
-training on both, and 15% of the meta set alone. Where labels are right, weights by class do as well (9%).
+The weights are worth it where labels are wrong, and then on both sets together: far fewer test errors than by plain
+training on both, and somewhat fewer than on the meta set alone. Where labels are right, weights by class do as well.
+The script prints the figures.
 
 Run it: python examples/reweight_digits.py
 """

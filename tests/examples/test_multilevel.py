@@ -85,6 +85,19 @@ def test_a_search_runs():
     assert errors["the cell found"] < 0.9
 
 
+@pytest.mark.slow
+def test_the_median_of_the_cells_tried_is_no_worse_than_the_one_found():
+    _, errors = architecture_search.run(quiet=True)
+    assert errors["the median of all tried"] <= errors["the cell found"]
+
+
+@pytest.mark.slow
+def test_three_levels_tell_wrong_labels_and_lose_to_the_rival():
+    result = trilevel.run(quiet=True)
+    assert result.auc > 0.85
+    assert result.errors["all sets together"] < result.errors["three levels"] - 0.05
+
+
 def test_the_strength_has_another_gradient_where_responses_of_responses_are_left_out():
     data = data_cleaning.split(0)
     start = {"strength": torch.tensor(0.5), "weights": torch.zeros(trilevel.NOISY), "classifier": torch.zeros(65, 10)}

@@ -22,5 +22,6 @@ def test_learned_weights_against_the_rivals(monkeypatch):
     error = {name: value.mean() for name, value in result.errors.items()}
     assert error["learned weights"] < error["training set"] - 0.1
     assert error["learned weights, both"] < error["both"] - 0.1
+    assert error["learned weights, both"] < error["meta set"]
     assert (result.shares["wrong labels"] < 0.38).all()
     assert (result.shares["rare digits"] > 0.15).all()  # they are 20 of 520
