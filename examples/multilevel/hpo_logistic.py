@@ -22,6 +22,7 @@ from diffopt.optimizers import adam, sgd
 from diffopt.solvers import minimize
 
 FEATURES, INFORMATIVE = 100, 10
+GRID = (-7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
 
 
 class Split(NamedTuple):
@@ -75,14 +76,6 @@ def run(seed: int = 0, updates: int = 100, *, steps: int = 100, quiet: bool = Fa
     return {name: error(w, test) for name, w in found.items()}
 
 
-GRID = (-7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
-
-
-def _bounded(penalty: Tensor) -> Tensor:
-    """Penalties that the lower level's step size can bear."""
-    return penalty.clamp(-8.0, 0.0)
-
-
 def fitted(penalty: Tensor, data: Split) -> Tensor:
     """The weights that a penalty, or one for each feature, leads to."""
     return minimize(fit_loss, torch.zeros(FEATURES), (penalty, data), atol=1e-4).value
@@ -91,6 +84,11 @@ def fitted(penalty: Tensor, data: Split) -> Tensor:
 def error(w: Tensor, data: Split) -> float:
     """The share of wrong labels."""
     return float(((data.x @ w > 0) != (data.y > 0.5)).float().mean())
+
+
+def _bounded(penalty: Tensor) -> Tensor:
+    """Penalties that the lower level's step size can bear."""
+    return penalty.clamp(-8.0, 0.0)
 
 
 if __name__ == "__main__":
