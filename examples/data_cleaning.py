@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from label_noise import flip_labels
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -67,9 +68,7 @@ def split(seed: int) -> Digits:
     order, which, shift = random.split(random.key(seed), 3)
     places = random.permutation(order, len(images))
     images, labels = images[places], labels[places]
-    wrong = random.uniform(which, (1000,)) < CORRUPTION
-    others = (labels[:1000] + 1 + (9 * random.uniform(shift, (1000,))).long()) % 10
-    noisy = torch.where(wrong, others, labels[:1000])
+    noisy, wrong = flip_labels(labels[:1000], CORRUPTION, which, shift)
     return Digits(images[:1000], noisy, images[1000:1250], labels[1000:1250], images[1250:], labels[1250:], wrong)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from label_noise import flip_labels
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.func import grad, vmap
@@ -64,9 +65,7 @@ def split(seed: int, corruption: float) -> Digits:
     sizes = [(TEST, META, int(count)) for count in COUNTS]
     parts = [p[: sum(s)].split(s) for p, s in zip(places, sizes, strict=True)]
     test, meta, train = (torch.cat(part) for part in zip(*parts, strict=True))
-    wrong = random.uniform(which, (len(train),)) < corruption
-    others = (labels[train] + 1 + (9 * random.uniform(shift, (len(train),))).long()) % 10
-    noisy = torch.where(wrong, others, labels[train])
+    noisy, wrong = flip_labels(labels[train], corruption, which, shift)
     return Digits(images[train], noisy, images[meta], labels[meta], images[test], labels[test], wrong)
 
 

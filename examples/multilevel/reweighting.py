@@ -14,10 +14,17 @@ as training data.
 Run it: python examples/multilevel/reweighting.py
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from label_noise import flip_labels
 
 from diffopt import random
 from diffopt.multilevel import Edge, Graph, Level, Trained, Unrolled, graph, minibatches, train
@@ -41,9 +48,7 @@ def split(seed: int) -> tuple[Labeled, Labeled, Labeled, Tensor]:
     for digit, count in enumerate(COUNTS.tolist()):
         found = torch.where(labels == digit)[0]
         test[found[:TEST]] = meta[found[TEST : TEST + META]] = noisy[found[TEST + META :][:count]] = True
-    truth = labels[noisy]
-    wrong = random.uniform(which, truth.shape) < NOISE
-    given = torch.where(wrong, (truth + 1 + (9 * random.uniform(shift, truth.shape)).long()) % 10, truth)
+    given, wrong = flip_labels(labels[noisy], NOISE, which, shift)
     return (images[noisy], given), (images[meta], labels[meta]), (images[test], labels[test]), wrong
 
 
