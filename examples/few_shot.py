@@ -23,11 +23,12 @@ from typing import NamedTuple
 import torch
 from digit_tasks import Tasks, batches, draw_tasks, split
 from torch import Tensor
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from diffopt import random, tree
+from diffopt.meta import adapt, maml
 from diffopt.optimizers import adam, sgd
 from diffopt.transforms import step
 from diffopt.typing import Tree
@@ -58,40 +59,29 @@ def network(params: Tree, x: Tensor) -> Tensor:
     return x @ params[-1]["weight"] + params[-1]["bias"]
 
 
-def loss(params: Tree, images: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of the network."""
-    return cross_entropy(network(params, images), labels)
-
-
-def adapt(params: Tree, rate: Tensor, task: Tasks, steps: int = INNER_STEPS) -> list[Tree]:
-    """The parameters before and after each step of gradient descent on the support images of one task."""
-    optimizer, path = sgd(rate), [params]
-    state = optimizer.init(params)
-    for _ in range(steps):
-        params, state = step(optimizer, grad(loss)(params, task.support, task.support_names), state, params)
-        path.append(params)
-    return path
+def loss(params: Tree, labeled: tuple[Tensor, Tensor]) -> Tensor:
+    """The cross-entropy of the network on images and labels."""
+    return cross_entropy(network(params, labeled[0]), labeled[1])
 
 
 def maml_loss(meta: Tree, tasks: Tasks) -> Tensor:
     """The mean query loss after adaptation."""
-
-    def of_task(task):
-        return loss(adapt(meta["params"], meta["log_rate"].exp(), task)[-1], task.query, task.query_names)
-
-    return vmap(of_task)(tasks).mean()
+    support, query = (tasks.support, tasks.support_names), (tasks.query, tasks.query_names)
+    return maml(loss, sgd(meta["log_rate"].exp()), INNER_STEPS)(meta["params"], (support, query))
 
 
 def pretraining_loss(params: Tree, tasks: Tasks) -> Tensor:
     """The loss on the true labels of the same images in the same views."""
-    return loss(params, tasks.query.flatten(0, 1), tasks.query_labels.flatten())
+    return loss(params, (tasks.query.flatten(0, 1), tasks.query_labels.flatten()))
 
 
 def accuracy(params: Tree, rate: Tensor, tasks: Tasks, steps: int) -> Tensor:
     """The mean accuracy on query images before and after each inner step, (steps + 1,)."""
 
     def of_task(task):
-        path = adapt(params, rate, task, steps)
+        path, data = [params], (task.support, task.support_names)
+        for _ in range(steps):
+            path.append(adapt(loss, path[-1], data, sgd(rate), 1).params)
         return torch.stack([(network(p, task.query).argmax(-1) == task.query_names).float().mean() for p in path])
 
     return vmap(of_task)(tasks).mean(0)
