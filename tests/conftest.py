@@ -1,7 +1,12 @@
-"""Print the composition matrix at the end of a run that checked it."""
+"""Properties on fixed examples, and the composition matrix at the end of a run that checked it."""
 
 import json
 import pathlib
+
+import hypothesis
+
+hypothesis.settings.register_profile("diffopt", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("diffopt")
 
 RECORD = pathlib.Path(__file__).parents[1] / "docs" / "_generated" / "composition"
 MARKS = {"right": ".", "raises": "r", "wrong": "X"}

@@ -99,7 +99,7 @@ def test_both_forms_agree_to_first_order_in_the_rate_but_for_the_point():
 
 
 @given(rate=st.floats(0.01, 0.5), seed=st.integers(0, 100), steps=st.integers(1, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_rate_of_zero_is_naive_and_vmap_is_the_loop(rate, seed, steps):
     keys = random.split(random.key(seed), 2)
     batch = tuple(random.normal(k, (3, 2), dtype=F64) for k in keys)

@@ -36,7 +36,7 @@ def closed_form(w, rate, tasks, steps):
     return torch.stack([quadratic(end, centre) for end, centre in zip(ends, tasks[1], strict=True)]).mean()
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(steps=st.integers(0, 8), count=st.integers(1, 4))
 def test_on_quadratics_is_the_closed_form(steps, count):
     tasks = quadratic_tasks(count)

@@ -37,7 +37,7 @@ def by_definition(rewards, values, discount, decay):
 
 
 @given(discount=st.floats(0.1, 1.0), decay=st.floats(0.1, 1.0), horizon=st.integers(1, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_lambda_return_is_the_mixture_of_n_step_returns(discount, decay, horizon):
     found = lambda_return(REWARDS[:horizon], VALUES[:horizon], discount, decay)
     torch.testing.assert_close(found, by_definition(REWARDS[:horizon], VALUES[:horizon], discount, decay))

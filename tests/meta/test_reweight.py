@@ -40,7 +40,7 @@ W = torch.tensor([0.4, -0.9, 0.6], dtype=F64)
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(2, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_linear_model_has_the_closed_form(seed, n):
     batch, meta = draw(seed, n), draw(seed + 5000, 4)
     found = reweight(squares, mean_square)(W, batch, meta)

@@ -17,7 +17,7 @@ def tasks_of(count):
     return {"centre": quadratic_tasks(count)[0], "weight": torch.arange(1, count + 1, dtype=torch.float64)}
 
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(count=st.integers(1, 7), chunk=st.integers(1, 8))
 def test_chunks_are_the_whole_and_the_loop(count, chunk):
     tasks = tasks_of(count)

@@ -84,7 +84,7 @@ def test_iterables_begin_anew_where_they_end():
 
 
 @given(length=st.integers(1, 30), size=st.integers(1, 30), epoch=st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_minibatches_see_each_entry_once_an_epoch(length, size, epoch):
     if size > length:
         with pytest.raises(ValueError, match="size must be an int between 1 and"):

@@ -122,7 +122,7 @@ def test_a_detached_step_is_seen():
 
 
 @given(st.text(min_size=1, max_size=8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_label_is_quoted(label):
     a = leaf(1.0)
     text = make_dot(2 * a, {label: a})
