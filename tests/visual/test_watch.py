@@ -44,5 +44,5 @@ def test_wrong_arguments_raise(fn, named):
 
 
 def test_compiling_raises():
-    with pytest.raises(Exception, match="leave out compile"):
+    with pytest.raises(RuntimeError, match="leave out compile"):
         diffopt.compile(watch(lambda x: 2 * x, {}), backend="eager")(torch.ones(1))
