@@ -7,18 +7,13 @@ from torch.func import vmap
 
 import diffopt
 from diffopt.nn import MetaOptimizer, functional
-
-F64 = torch.float64
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+from nn.problems import F64, leaf, numbers
 
 
 def test_gradients_flow_into_the_module_and_through_its_steps():
     torch.manual_seed(0)
     net = nn.Linear(2, 1).double()
-    rate, start, x = torch.tensor(0.1, dtype=F64, requires_grad=True), net.weight, numbers(4, 2)
+    rate, start, x = leaf(0.1), net.weight, numbers(4, 2)
     MetaOptimizer(net, diffopt.sgd(rate)).step(net(x).square().mean())
     function, params, buffers = functional(net)
     assert params["weight"] is net.weight
