@@ -1,8 +1,5 @@
 """diffopt.nn.meta_optimizer: steps in place equal the functional path, and gradients flow through them."""
 
-import itertools
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,19 +19,10 @@ from diffopt.transforms import (
     lookahead,
     scale_by_polyak,
 )
+from nn.problems import F64, leaf, mlp, numbers
 
-F64 = torch.float64
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # the same float64 operations, in another order
 SLOPES = {"rtol": 1e-6, "atol": 1e-8}  # central differences of width 1e-5
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
 
 X, Y, X_NEW, Y_NEW = numbers(6, 3), numbers(6, 1, seed=1), numbers(5, 3, seed=2), numbers(5, 1, seed=3)
@@ -83,7 +71,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_the_functional_path(name):
-    net, rate = mlp(), torch.tensor(0.05, dtype=F64, requires_grad=True)
+    net, rate = mlp(), leaf(0.05)
     start = dict(net.named_parameters())
     (expected, expected_rate), expected_value = unrolled(net, OPTIMIZERS[name], rate.detach())
     inner = MetaOptimizer(net, OPTIMIZERS[name](rate))
@@ -195,7 +183,7 @@ def test_maml_loop_equals_the_vmapped_gradient():
 
 def test_several_networks_step_together_or_apart():
     def run(together):
-        actor, critic = mlp(0), mlp(1)
+        actor, critic = mlp(seed=0), mlp(seed=1)
         starts = [*actor.parameters(), *critic.parameters()]
         if together:
             inner = [MetaOptimizer({"actor": actor, "critic": critic}, diffopt.sgd(0.1, momentum=0.9))]
@@ -211,7 +199,7 @@ def test_several_networks_step_together_or_apart():
 
 
 def test_plain_tensors_step_too():
-    w, rate = torch.tensor([2.0, -1.0], dtype=F64, requires_grad=True), torch.tensor(0.1, dtype=F64, requires_grad=True)
+    w, rate = torch.tensor([2.0, -1.0], dtype=F64, requires_grad=True), leaf(0.1)
     layer = nn.Linear(2, 1, bias=False).double()
     inner = MetaOptimizer({"w": w, "net": [layer]}, diffopt.sgd(rate))
     for _ in range(2):
@@ -304,12 +292,20 @@ def test_recurrent_nets(make):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_train_and_eval_modes(training):
-    net, rate = mlp().train(training), torch.tensor(0.1, dtype=F64, requires_grad=True)
-    start = net[0].weight
-    MetaOptimizer(net, diffopt.sgd(rate)).step(inner_loss(net))
-    outer_loss(net).backward()
-    assert start.grad.norm() > 0
-    assert rate.grad.abs() > 0
+    torch.manual_seed(0)
+    net, rate = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double(), leaf(0.1)
+    net(X)  # so that the running statistics are not those of the start
+    net.train(training)
+    start = dict(net.named_parameters())
+    (expected, expected_rate), expected_value = unrolled(net, diffopt.sgd, rate.detach(), steps=2)
+    inner = MetaOptimizer(net, diffopt.sgd(rate))
+    for _ in range(2):
+        inner.step(inner_loss(net))
+    value = outer_loss(net)
+    value.backward()
+    torch.testing.assert_close(value, expected_value, **EXACT)
+    torch.testing.assert_close({n: p.grad for n, p in start.items()}, expected, **EXACT)
+    torch.testing.assert_close(rate.grad, expected_rate, **EXACT)
 
 
 def test_first_order_is_fomaml():
@@ -326,48 +322,18 @@ def test_first_order_is_fomaml():
 
 
 def test_a_hyperparameter_in_the_state():
-    net, rate = mlp(), torch.tensor(0.1, dtype=F64, requires_grad=True)
+    net, rate = mlp(), leaf(0.1)
     inner = MetaOptimizer(net, inject_hyperparams(diffopt.sgd)(learning_rate=rate))
     inner.step(inner_loss(net))
     stop_gradient(net)
     stop_gradient(inner)
+    (_, expected), _ = unrolled(net, diffopt.sgd, rate.detach(), steps=1)
     inner.step(inner_loss(net))
     outer_loss(net).backward()
-    assert rate.grad.abs() > 0
+    torch.testing.assert_close(rate.grad, expected, **EXACT)
 
 
-def test_no_graph_is_left_behind():
-    """Each graph holds hooks, which live as long as it does; graphs die without a backward pass."""
-
-    class Hook:
-        def __call__(self, *_):
-            pass
-
-    def watch(*tensors):
-        for t in tensors:
-            hook = Hook()
-            t.grad_fn.register_hook(hook)
-            alive.add(hook)
-
-    alive, counts, net = weakref.WeakSet(), [], mlp()
-    inner = MetaOptimizer(net, diffopt.adam(0.01))
-    for _ in range(100):
-        for _ in range(2):
-            loss = inner_loss(net)
-            watch(loss)
-            inner.step(loss)
-            watch(*net.parameters(), *(t for t in tree.leaves(inner.state) if t.grad_fn is not None))
-        del loss
-        during = len(alive)
-        stop_gradient(net)
-        stop_gradient(inner)
-        counts.append((during, len(alive)))
-    assert counts[0][0] > 20
-    assert counts == [(counts[0][0], 0)] * 100
-    assert all(t.grad_fn is None for t in itertools.chain(net.parameters(), tree.leaves(inner.state)))
-
-
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rate=st.floats(0.01, 0.5), steps=st.integers(1, 4))
 def test_steps_down_a_parabola(rate, steps):
     net = nn.Linear(1, 1, bias=False).double()
@@ -377,45 +343,3 @@ def test_steps_down_a_parabola(rate, steps):
         inner.step(net.weight.square().sum() / 2)
     (slope,) = torch.autograd.grad(net.weight.sum(), start)
     torch.testing.assert_close(slope.item(), (1 - rate) ** steps)
-
-
-@pytest.mark.parametrize(
-    ("params", "optimizer", "error", "match"),
-    [
-        (lambda: mlp().parameters(), diffopt.sgd(0.1), TypeError, "Give the module itself"),
-        (mlp, diffopt.sgd, TypeError, "call the factory"),
-        (mlp, torch.optim.SGD(mlp().parameters()), TypeError, "GradientTransformation"),
-        (nn.Tanh, diffopt.sgd(0.1), ValueError, "requires grad"),
-        (dict, diffopt.sgd(0.1), ValueError, "empty tree"),
-        (lambda: {"w": torch.ones(2)}, diffopt.sgd(0.1), ValueError, r"params\['w'\]"),
-        (lambda: (lambda w: [w, w])(torch.ones(2, requires_grad=True)), diffopt.sgd(0.1), ValueError, "nowhere else"),
-        (lambda: (lambda m: [m, m])(mlp()), diffopt.sgd(0.1), ValueError, r"params\[1\]"),
-    ],
-)
-def test_refuses_what_it_cannot_step(params, optimizer, error, match):
-    with pytest.raises(error, match=match):
-        MetaOptimizer(params(), optimizer)
-
-
-def test_refuses_losses_that_have_no_gradient():
-    net = mlp()
-    inner = MetaOptimizer(net, diffopt.sgd(0.1))
-    with pytest.raises(TypeError, match="tensor"):
-        inner.step(1.0)
-    with pytest.raises(ValueError, match="number"):
-        inner.step(net(X))
-    with pytest.raises(ValueError, match="requires_grad=False"):
-        inner.step(torch.ones(()))
-    loss = inner_loss(net)
-    with pytest.raises(TypeError, match=r"real .* got torch.complex"):
-        inner.step(loss + 0j)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="grad mode"):
-        inner.step(loss)
-    with pytest.raises(RuntimeError, match=r"diffopt\.step"):
-        vmap(lambda x: inner.step(net(x).sum()))(X)
-    net[0].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"params\['0.*no longer require grad"):
-        inner.step(net(X).sum())
-    net[0] = nn.Identity()
-    with pytest.raises(ValueError, match=r"no parameter '0\.\w+' any more"):
-        inner.step(net(numbers(2, 4)).sum())
