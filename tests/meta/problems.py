@@ -74,7 +74,10 @@ def slope_along(fn, at, direction, h=1e-5):
 
 
 def check_slope(fn, at, rtol=1e-6, atol=1e-9):
-    """Hold the gradient of a function of a tree against central differences, along one direction."""
+    """Hold the gradient of a function of a tree against central differences, along one direction.
+
+    With a width of 1e-5 these err by about 1e-10, in their own derivatives of third order and in what is rounded off.
+    """
     direction = tree.map(lambda x: torch.cos(3 * x + torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape)), at)
     want = slope_along(fn, at, direction)
     assert want.abs() > 1e-8

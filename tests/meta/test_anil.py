@@ -25,7 +25,7 @@ def test_is_maml_with_rates_of_zero_elsewhere(mask):
 def test_against_finite_differences_with_state_chunks_and_checkpoints():
     tasks, params = regression_tasks(), network_params()
     meta_loss = anil(regression, adamw(0.1, eps_root=1e-8), 3, HEAD, chunk_size=2, checkpoint="sqrt")
-    check_slope(lambda p: meta_loss(p, tasks), params, rtol=1e-5)
+    check_slope(lambda p: meta_loss(p, tasks), params)
     plain = anil(regression, adamw(0.1, eps_root=1e-8), 3, HEAD)
     assert_trees_close(grad(meta_loss)(params, tasks), grad(plain)(params, tasks))
 

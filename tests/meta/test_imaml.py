@@ -79,7 +79,7 @@ def test_a_network_against_finite_differences():
     tasks, params = regression_tasks(2), network_params()
     meta = {"params": params, "strength": f64(2.0)}
     meta_loss = lambda m: imaml(regression, m["strength"], **TIGHT)(m["params"], tasks)  # noqa: E731
-    check_slope(meta_loss, meta, rtol=1e-5, atol=1e-8)
+    check_slope(meta_loss, meta)
 
 
 def test_adjoints_without_a_solve():
@@ -96,7 +96,8 @@ def test_few_steps_and_cg_steps_as_in_the_paper():
     options = {"max_steps": 16, "throw": False, "solver": GradientDescent(0.3), "adjoint": Implicit(CG(max_steps=3))}
     got = grad(imaml(quadratic, STRENGTH, **options))(START, tasks)
     want = grad(closed_form)(START, STRENGTH, tasks)
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+    # 16 steps leave 4e-5 of what was to go along the slowest eigenvector, (1 - 0.3 (0.77 + 0.8))^16
+    torch.testing.assert_close(got, want, rtol=0, atol=4e-5)
 
 
 def test_bad_arguments_raise_early():

@@ -89,11 +89,12 @@ def test_the_first_order_formula_is_what_is_left_of_the_mixed_derivatives():
 
 
 def test_both_forms_agree_to_first_order_in_the_rate_but_for_the_point():
-    """On x, y of one number each, L_1 = x y has no mixed term that the formula leaves out where L_2 is linear in y."""
+    """L_1 = x y^2, L_2 = y sin x, linear in y: what the formula leaves out is the step in L_1's slope, y^2."""
     losses = lambda players: (players[0] * players[1] ** 2, players[1] * torch.sin(players[0]))  # noqa: E731
     x, y = X[0], Y[0]
     left_out = [lola(losses, r)((x, y))[0] - lola(losses, r, taylor=True)((x, y))[0] for r in (1e-3, 1e-5)]
     want = -2 * y * torch.sin(x)  # the derivative of L_1's slope y^2 along the step -sin(x) of y
+    # up to the next order in the rate, about as large as the rate itself
     torch.testing.assert_close(left_out[1] / 1e-5, want, rtol=1e-4, atol=0)
     torch.testing.assert_close(left_out[0] / 1e-3, want, rtol=1e-2, atol=0)
 
