@@ -9,15 +9,12 @@ from torch.func import grad, vmap
 from diffopt import adam, random, sgd, tree
 from diffopt.meta import MGRL, lambda_return, mgrl
 from diffopt.testing import check_composition, check_hypergradient
+from meta.problems import f64
 
 F64 = torch.float64
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
-
-
-REWARDS, VALUES = f64(0.7, -1.1, 0.4, 2.0), f64(1.3, 0.2, -0.6, 0.9)
+REWARDS, VALUES = f64([0.7, -1.1, 0.4, 2.0]), f64([1.3, 0.2, -0.6, 0.9])
 
 
 def by_definition(rewards, values, discount, decay):
@@ -51,7 +48,7 @@ def test_the_ends_of_lambda_return():
 
 
 def test_factors_of_each_time_and_batches():
-    discounts, decays = f64(0.9, 0.0, 0.5, 0.8), f64(0.3, 0.6, 0.9, 0.2)
+    discounts, decays = f64([0.9, 0.0, 0.5, 0.8]), f64([0.3, 0.6, 0.9, 0.2])
     found = lambda_return(REWARDS, VALUES, discounts, decays)
     torch.testing.assert_close(found[1], REWARDS[1])  # an episode ends there
     torch.testing.assert_close(found[0], REWARDS[0] + 0.9 * (0.7 * VALUES[0] + 0.3 * REWARDS[1]))
@@ -64,7 +61,7 @@ def test_factors_of_each_time_and_batches():
 def test_lambda_return_composes():
     check_composition(
         lambda_return,
-        (REWARDS, VALUES, f64(0.9)[0], f64(0.4)[0]),
+        (REWARDS, VALUES, f64(0.9), f64(0.4)),
         by_definition,
         cells=["forward", "grad", "vjp", "jvp", "hessian", "vmap(grad)", "dual_level", "grad(vmap(grad))"],
     )
@@ -82,10 +79,10 @@ def outer_loss(params, held_out):
     return ((torch.tanh(params["v"]) + params["b"] - held_out) ** 2).sum()
 
 
-PARAMS = {"v": f64(0.3, -0.4, 0.8), "b": f64(0.2)[0]}
-META = {"discount": f64(1.5)[0], "trace_decay": f64(-0.4)[0]}
-BATCHES = f64([0.5, 1.0, -0.3], [0.9, -0.2, 0.4], [0.1, 0.6, 1.2])
-HELD_OUT = f64(1.0, 0.7, -0.5)
+PARAMS = {"v": f64([0.3, -0.4, 0.8]), "b": f64(0.2)}
+META = {"discount": f64(1.5), "trace_decay": f64(-0.4)}
+BATCHES = f64([[0.5, 1.0, -0.3], [0.9, -0.2, 0.4], [0.1, 0.6, 1.2]])
+HELD_OUT = f64([1.0, 0.7, -0.5])
 
 
 def by_hand(meta, optimizer, batches):
@@ -119,7 +116,7 @@ def test_meta_gradients_against_the_formula_and_differences(window, optimizer):
 
 def test_steps_map_over_seeds_and_carry_higher_derivatives():
     learner = mgrl(td_loss, outer_loss, sgd(0.3), adam(0.1))
-    scales = f64(0.5, 1.0, 1.7)
+    scales = f64([0.5, 1.0, 1.7])
 
     def run(scale):
         state = learner.init(tree.scale(PARAMS, scale), META)
