@@ -9,16 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from diffopt import random, tree
-from diffopt.linalg import CG
+from diffopt import random
 from diffopt.multilevel import (
     Edge,
     FiniteDifference,
-    Implicit,
     Level,
     NotFiniteError,
     PerStep,
@@ -26,38 +22,10 @@ from diffopt.multilevel import (
     load,
     log_to_tensorboard,
     minibatches,
-    save,
     train,
 )
-from diffopt.multilevel.sources import Sources
 from diffopt.optimizers import adam, sgd
-
-DATA = random.normal(random.key(1), (12, 2), dtype=torch.float64)
-
-
-def program(method=None, steps=3, **options):
-    levels = {
-        "a": Level(lambda a, b, x: ((b - 2.0) ** 2).mean() + 0 * a.sum(), adam(0.1), reads=("b",)),
-        "b": Level(lambda b, a, x: ((b - a - x) ** 2).mean(), sgd(0.3), reads=("a",), steps=steps, **options),
-    }
-    two = graph(levels, [Edge("a", "b", method or Implicit(CG(max_steps=2)))])
-    values = {"a": torch.full((2,), 0.5, dtype=torch.float64), "b": torch.full((2,), 1.0, dtype=torch.float64)}
-    return two, two.init(random.key(0), values)
-
-
-def same(found, want):
-    pairs = zip(tree.leaves(found), tree.leaves(want), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def poisoned(bad, level="b"):
-    """The batches of a function of the update, NaN for one level in some updates."""
-
-    def batches(update):
-        spoiled = {level: torch.nan} if update in bad else {}
-        return {name: DATA[update % 12] * spoiled.get(name, 1.0) for name in "ab"}
-
-    return batches
+from multilevel.small_runs import DATA, poisoned, program, same
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -72,28 +40,6 @@ def test_the_loop_is_the_updates_one_by_one(accumulate):
     sources = {"b": batch, "a": lambda i: DATA[i]}
     assert same(train(two, state, sources, updates=5, quiet=True).state, want)
     assert state.updates == 0
-
-
-def test_iterables_begin_anew_where_they_end():
-    two, state = program()
-    found = train(two, state, {"b": list(DATA[:4]), "a": list(DATA[:2])}, updates=4, quiet=True)
-    sources = {"b": lambda i: DATA[i % 4], "a": lambda i: DATA[i % 2]}
-    assert same(found.state, train(two, state, sources, updates=4, quiet=True).state)
-    with pytest.raises(ValueError, match="the iterable of 'b' has no batches left"):
-        train(two, state, {"b": iter(DATA[:4]), "a": lambda i: DATA[0]}, updates=4, quiet=True)
-
-
-@given(length=st.integers(1, 30), size=st.integers(1, 30), epoch=st.integers(0, 3))
-@settings(max_examples=25)
-def test_minibatches_see_each_entry_once_an_epoch(length, size, epoch):
-    if size > length:
-        with pytest.raises(ValueError, match="size must be an int between 1 and"):
-            minibatches(random.key(0), torch.arange(length), size)
-        return
-    batch, count = minibatches(random.key(0), {"x": torch.arange(length)}, size), length // size
-    seen = torch.cat([batch(epoch * count + i)["x"] for i in range(count)])
-    assert len(seen.unique()) == len(seen) == count * size
-    assert torch.equal(batch(epoch * count)["x"], seen[:size])  # also when asked again, later
 
 
 def test_averages_follow_the_parameters():
@@ -233,45 +179,6 @@ def test_a_gradient_that_the_scale_skips_is_no_fault():
     assert found.state.scales["w"].scale < state.scales["w"].scale
 
 
-def test_a_file_is_whole_and_small(tmp_path):
-    file, big = tmp_path / "state.pt", torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    save(file, {"w": big[:5], "v": big[::50_000].requires_grad_()}, extra={"a": [1, 2.0, None, "b"]})
-    assert file.stat().st_size < 10_000
-    found, extra = load(file, {"w": torch.zeros(5), "v": torch.zeros(2)})
-    assert same(found, {"w": big[:5], "v": big[::50_000]})
-    assert extra == {"a": [1, 2.0, None, "b"]}
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path):
-    file = tmp_path / "state.pt"
-    save(file, {"w": torch.ones(2)})
-
-    def full(descriptor):
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        save(file, {"w": torch.zeros(2)})
-    assert load(file, {"w": torch.zeros(2)})[0]["w"].tolist() == [1.0, 1.0]
-
-
-def test_files_that_do_not_fit(tmp_path):
-    file = tmp_path / "state.pt"
-    save(file, {"w": torch.ones(2), "b": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"another program: they differ in \['b'\]"):
-        load(file, {"w": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"\['w'\] of shape \(2,\)"):
-        load(file, {"w": torch.ones(3), "b": torch.ones(1)})
-    torch.save([1], file)
-    with pytest.raises(ValueError, match="holds no state"):
-        load(file, {"w": torch.ones(2)})
-    with pytest.raises(TypeError, match=r"extra\['f'\]\[0\] must be made of tensors"):
-        save(file, {}, extra={"f": [print]})
-    with pytest.raises(FileNotFoundError, match="make it first"):
-        save(tmp_path / "none" / "state.pt", {})
-
-
 def test_a_run_goes_on_where_it_was(tmp_path):
     two, state = program()
     file, batch = tmp_path / "run.pt", minibatches(random.key(2), DATA, 4)
@@ -345,8 +252,6 @@ def test_options_are_checked():
     ]:
         with pytest.raises(TypeError, match=message):
             train(two, state, batches, updates=2, quiet=True)
-    with pytest.raises(TypeError, match="with state_dict"):
-        Sources({"b": [DATA]}, two, lasting=True)
     with pytest.raises(TypeError, match="must be a GraphState"):
         train(two, {}, updates=2)
 

@@ -1,0 +1,39 @@
+"""Where batches come from."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffopt import random
+from diffopt.multilevel import minibatches, train
+from diffopt.multilevel.sources import Sources
+from multilevel.small_runs import DATA, program, same
+
+
+def test_iterables_begin_anew_where_they_end():
+    two, state = program()
+    found = train(two, state, {"b": list(DATA[:4]), "a": list(DATA[:2])}, updates=4, quiet=True)
+    sources = {"b": lambda i: DATA[i % 4], "a": lambda i: DATA[i % 2]}
+    assert same(found.state, train(two, state, sources, updates=4, quiet=True).state)
+    with pytest.raises(ValueError, match="the iterable of 'b' has no batches left"):
+        train(two, state, {"b": iter(DATA[:4]), "a": lambda i: DATA[0]}, updates=4, quiet=True)
+
+
+@given(length=st.integers(1, 30), size=st.integers(1, 30), epoch=st.integers(0, 3))
+@settings(max_examples=25)
+def test_minibatches_see_each_entry_once_an_epoch(length, size, epoch):
+    if size > length:
+        with pytest.raises(ValueError, match="size must be an int between 1 and"):
+            minibatches(random.key(0), torch.arange(length), size)
+        return
+    batch, count = minibatches(random.key(0), {"x": torch.arange(length)}, size), length // size
+    seen = torch.cat([batch(epoch * count + i)["x"] for i in range(count)])
+    assert len(seen.unique()) == len(seen) == count * size
+    assert torch.equal(batch(epoch * count)["x"], seen[:size])  # also when asked again, later
+
+
+def test_iterables_that_are_to_outlive_a_kill_need_a_state():
+    two, _ = program()
+    with pytest.raises(TypeError, match="with state_dict"):
+        Sources({"b": [DATA]}, two, lasting=True)
