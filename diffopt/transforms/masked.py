@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from optree import PyTreeSpec
+from optree import PyTreeSpec, registry
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from diffopt import tree
 from diffopt.transforms.base import EmptyState, GradientTransformation
@@ -16,8 +17,31 @@ from diffopt.typing import Tree
 __all__ = ["MaskedNode", "MaskedState", "PartitionState", "freeze", "masked", "partition"]
 
 
-class MaskedNode(NamedTuple):
+class MaskedNode:
     """A subtree without leaves, in the place of a leaf that a transformation does not see."""
+
+    # no NamedTuple: dynamo (torch 2.13) takes a dict of empty ones for a constant, and cannot flatten that
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskedNode)
+
+    def __hash__(self) -> int:
+        return hash(MaskedNode)
+
+    def __repr__(self) -> str:
+        return "MaskedNode()"
+
+
+register_pytree_node(  # in the trees of torch, which `vmap` takes apart
+    MaskedNode,
+    lambda node: ([], None),
+    lambda children, _: MaskedNode(),  # pyright: ignore[reportArgumentType]
+)
+registry.register_pytree_node(
+    MaskedNode,  # pyright: ignore[reportArgumentType]
+    lambda node: ((), None, ()),
+    lambda _, children: MaskedNode(),  # pyright: ignore[reportArgumentType]
+    namespace=vars(registry)["__GLOBAL_NAMESPACE"],
+)
 
 
 class MaskedState(NamedTuple):

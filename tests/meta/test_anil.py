@@ -37,8 +37,18 @@ def test_a_mask_of_all_is_maml():
     )
 
 
+def test_compiles_where_nothing_of_a_dict_adapts():
+    tasks, params = regression_tasks(), network_params()
+    slope = grad(anil(regression, adamw(0.1, eps_root=1e-8), 2, HEAD))
+    torch._dynamo.reset()
+    compiled = torch.compile(slope, backend="eager", fullgraph=True)
+    assert_trees_close(compiled(params, tasks), slope(params, tasks))
+
+
 def test_bad_masks_raise():
     tasks, params = regression_tasks(), network_params()
+    with pytest.raises(TypeError, match="use `maml`"):
+        anil(regression, sgd(0.1), 1, None)
     with pytest.raises(ValueError, match="holds for none"):
         anil(regression, sgd(0.1), 1, {"body": False, "head": False})(params, tasks)
     with pytest.raises(ValueError, match="prefix"):

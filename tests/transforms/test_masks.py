@@ -1,6 +1,7 @@
 """diffopt.transforms.masks: a tree, a prefix of it and a function say the same, for every tree and transformation."""
 
 import dataclasses
+import pickle
 from typing import Any
 
 import hypothesis
@@ -8,9 +9,10 @@ import hypothesis.strategies as st
 import optree
 import pytest
 import torch
+from torch.testing import assert_close
 
 from diffopt import tree
-from diffopt.transforms import add_decayed_weights, freeze, masked, partition, scale, step
+from diffopt.transforms import add_decayed_weights, freeze, masked, partition, scale, step, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +99,26 @@ def test_functions_of_the_parameters_compile(transformation):
     compiled = torch.compile(lambda p: step(transformation, p, state, p)[0], backend="eager", fullgraph=True)
     want = step(transformation, params, state, params)[0]
     assert all(map(torch.equal, tree.leaves(compiled(params)), tree.leaves(want)))
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        masked(trace(0.9), {"x": False, "y": True}),
+        partition({"a": trace(0.9), "b": scale(1.0)}, {"x": "b", "y": "a"}),
+    ],
+)
+def test_dicts_of_which_nothing_is_seen_compile_and_map(transformation):
+    params = {name: {"w": torch.ones(2, 2), "b": torch.ones(2)} for name in "xy"}
+    state = transformation.init(params)
+    torch._dynamo.reset()
+    whole = lambda p, s: step(transformation, p, s, p)  # noqa: E731
+    compiled = torch.compile(whole, backend="eager", fullgraph=True)
+    params, state = whole(params, state)
+    want = whole(params, state)
+    assert_close(tree.leaves(compiled(params, state)), tree.leaves(want))
+    several = tree.map(lambda t: torch.stack([t, 2 * t]), (params, state))
+    got = tree.map(lambda t: t[0], torch.func.vmap(whole)(*several))
+    tree.check_same_structure(got, want)
+    assert_close(tree.leaves(got), tree.leaves(want))
+    tree.check_same_structure(pickle.loads(pickle.dumps(state)), state)
