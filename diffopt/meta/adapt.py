@@ -11,8 +11,10 @@ from torch import Tensor
 from diffopt import random, tree
 from diffopt.autodiff import unroll, value_and_grad
 from diffopt.meta.normalization import sound_norms
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms import GradientTransformation, MaskedNode, step
-from diffopt.transforms.leaves import flatten_floating
+from diffopt.transforms.base import check_optimizer
+from diffopt.transforms.leaves import check_scalar, flatten_floating
 from diffopt.transforms.masks import mask_leaves
 from diffopt.typing import Tree
 
@@ -161,12 +163,8 @@ def evaluate(
 def check_inner(loss: Any, optimizer: Any, steps: Any) -> None:
     """Check what every method is given for its inner loop."""
     check_loss(loss)
-    if not isinstance(optimizer, GradientTransformation):
-        raise TypeError(f"`optimizer` must be a GradientTransformation, such as sgd(0.1); got {optimizer!r:.60}.")
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"`steps` must be an int; got {type(steps).__name__}.")
-    if steps < 0:
-        raise ValueError(f"`steps` must be at least 0; got {steps}.")
+    check_optimizer(optimizer)
+    check_count("steps", steps, at_least=0)
 
 
 def check_loss(loss: Any, name: str = "loss") -> None:
@@ -176,12 +174,9 @@ def check_loss(loss: Any, name: str = "loss") -> None:
 
 
 def _scalar(value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-        return value
     if isinstance(value, tuple):
         raise TypeError("`loss` must return a scalar; got a tuple. One that returns (scalar, buffers) needs `buffers`.")
-    found = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(f"`loss` must return a 0-d floating-point tensor; got {found}. Reduce it, for example by .mean().")
+    return check_scalar(value, "`loss`")
 
 
 def _chosen(mask: Mask, params: Tree, count: int) -> list[bool] | None:

@@ -6,7 +6,7 @@ r"""ANIL: almost no inner loop, only the head adapts.
 from collections.abc import Callable
 from typing import Any
 
-from diffopt.meta.adapt import Checkpoint, Mask
+from diffopt.meta.adapt import Checkpoint
 from diffopt.meta.maml import meta_loss_of
 from diffopt.meta.task_batch import task_mean
 from diffopt.transforms import GradientTransformation
@@ -19,7 +19,7 @@ def anil(
     loss: Callable[..., Any],
     optimizer: GradientTransformation,
     steps: int,
-    mask: Mask,
+    mask: Tree | Callable[[Tree], Tree],
     *,
     query_loss: Callable[..., Any] | None = None,
     in_dims: tuple[int | None, int] = (None, 0),
@@ -50,7 +50,7 @@ def anil(
         `meta_loss`, as in `maml`.
 
     Raises:
-        TypeError: As in `maml`, or if an entry of the mask is not a bool.
+        TypeError: As in `maml`, or if an entry of the mask is not a bool, or there is no mask.
         ValueError: As in `maml`, or if the mask is no prefix of the parameters, or holds nowhere.
 
     Example:
@@ -65,6 +65,8 @@ def anil(
     References:
         Raghu, Raghu, Bengio and Vinyals (2020), Rapid learning or feature reuse?, eq. 4.
     """
+    if mask is None:
+        raise TypeError("`mask` must say which leaves adapt; for all of them use `maml`.")
     return meta_loss_of(
         loss, optimizer, steps, mask=mask, query_loss=query_loss, in_dims=in_dims,
         chunk_size=chunk_size, reduce=reduce, checkpoint=checkpoint,

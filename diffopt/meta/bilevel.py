@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.implicit import Adjoint
-from diffopt.meta.imaml import check_solver
 from diffopt.solvers import minimize
+from diffopt.solvers.verb import check_solver
+from diffopt.transforms.leaves import check_scalar
 from diffopt.typing import Tree
 
 __all__ = ["bilevel"]
@@ -49,32 +50,28 @@ def bilevel(
 
     Raises:
         SolverError: If the solver did not converge, and `throw` is not False.
-        TypeError: If `outer` returns no scalar, or the solver is none.
+        TypeError: If `outer` returns no scalar, `solver` is an optimizer, or `inner` or `outer` no function.
         ValueError: If `inner` returns no scalar.
 
     Example:
+        >>> from diffopt.autodiff import value_and_grad
         >>> ridge = lambda x, theta: ((x - 3.0) ** 2).sum() + theta * (x**2).sum()
         >>> valid = lambda x, theta: ((x - 1.0) ** 2).sum()
-        >>> value, slope = torch.func.grad_and_value(bilevel(ridge, valid))(torch.tensor(1.0), torch.zeros(1))[::-1]
-        >>> value, slope
+        >>> value_and_grad(bilevel(ridge, valid))(torch.tensor(1.0), torch.zeros(1))
         (tensor(0.2500), tensor(-0.7500))
 
     References:
         Pedregosa (2016), Hyperparameter optimization with approximate gradient, eq. 3.
     """
-    check_solver(solver)
+    if solver is not None:
+        check_solver(solver, "bilevel")
     for name, fn in (("inner", inner), ("outer", outer)):
         if not callable(fn):
             raise TypeError(f"`{name}` must be a function of (x, theta); got {type(fn).__name__}.")
 
     def hyper_loss(theta: Tree, init: Tree, *args: Tree) -> Any:
         x = minimize(inner, init, (theta, *args), solver=solver, adjoint=adjoint, **options).value
-        value = outer(x, theta, *args)
-        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
-                f"`outer` must return a 0-d floating-point tensor; got {found}. Reduce it, for example by .mean()."
-            )
+        value = check_scalar(outer(x, theta, *args), "`outer`")
         return (value, tree.map(torch.detach, x)) if has_aux else value
 
     return hyper_loss

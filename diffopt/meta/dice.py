@@ -45,7 +45,7 @@ def dice(
             the value and the expectation of every derivative as they are.
 
     Returns:
-        The surrogate, a 0-d tensor, equal to the mean cost.
+        The surrogate, a 0-d tensor, equal to the mean discounted cost.
 
     Raises:
         TypeError: If log_probs or costs are not floating-point tensors, or the discount is no number.
@@ -99,7 +99,7 @@ def _check(log_probs: Tensor, costs: Tensor, discount: Numeric, baseline: Any) -
             "`log_probs` and `costs` must both be of shape (trajectories, times), of one trajectory or more; got "
             f"{tuple(log_probs.shape)} and {tuple(costs.shape)}."
         )
-    check_hyperparameter("discount", discount, at_least=0.0, below=1.0 + 1e-12)
+    check_hyperparameter("discount", discount, at_least=0.0, at_most=1.0)
     if baseline is None:
         return
     if isinstance(baseline, str):

@@ -16,11 +16,11 @@ from diffopt.meta.maml import support_and_query
 from diffopt.meta.task_batch import check_pair, count_tasks, task_batch, task_mean
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.solvers import minimize
-from diffopt.transforms import GradientTransformation
+from diffopt.solvers.verb import check_solver
 from diffopt.transforms.leaves import flatten_floating
 from diffopt.typing import Numeric, Tree
 
-__all__ = ["adapt_proximal", "check_solver", "imaml"]
+__all__ = ["adapt_proximal", "imaml"]
 
 
 def adapt_proximal(
@@ -66,7 +66,8 @@ def adapt_proximal(
         Rajeswaran, Finn, Kakade and Levine (2019), Meta-learning with implicit gradients, eqs. 3 and 6.
     """
     check_hyperparameter("strength", strength, above=0.0)
-    check_solver(solver)
+    if solver is not None:
+        check_solver(solver, "imaml")
     check_loss(loss)
     leaves, _ = flatten_floating(params, "params")
 
@@ -129,7 +130,8 @@ def imaml(
         Rajeswaran, Finn, Kakade and Levine (2019), Meta-learning with implicit gradients, algorithms 1 and 2.
     """
     check_hyperparameter("strength", strength, above=0.0)
-    check_solver(solver)
+    if solver is not None:
+        check_solver(solver, "imaml")
     check_pair(in_dims)
     final = loss if query_loss is None else query_loss
     check_loss(loss)
@@ -145,9 +147,3 @@ def imaml(
         return task_batch(of_task, in_dims=in_dims, chunk_size=chunk_size, reduce=reduce)(params, tasks)
 
     return meta_loss
-
-
-def check_solver(solver: Any) -> None:
-    """Check that a solver is no optimizer, which has the same method names."""
-    if isinstance(solver, GradientTransformation):
-        raise TypeError("`solver` must be a solver of `minimize`; got an optimizer. Wrap it: FromOptimizer(optimizer).")

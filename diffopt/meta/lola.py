@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt import random, tree
 from diffopt.autodiff import grad
-from diffopt.schedules.hyperparameters import check_hyperparameter
+from diffopt.schedules.hyperparameters import check_count, check_hyperparameter
 from diffopt.transforms.leaves import flatten_floating
 from diffopt.typing import Numeric, Tree
 
@@ -160,7 +160,6 @@ def _check_options(losses: Any, learning_rate: Any, steps: Any, taylor: bool) ->
         raise TypeError(f"`losses` must be a function of the players' parameters; got {type(losses).__name__}.")
     for rate in learning_rate if isinstance(learning_rate, (tuple, list)) else [learning_rate]:
         check_hyperparameter("learning_rate", rate)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"`steps` must be an int of at least 1; got {steps!r}. Naive learners have learning_rate=0.")
+    check_count("steps", steps)
     if taylor and steps > 1:
         raise ValueError(f"the first-order formula is for one step; got steps={steps}. Use taylor=False.")

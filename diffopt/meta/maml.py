@@ -89,8 +89,9 @@ def fomaml(
     .. math:: \phi_i = \theta - \textstyle\sum_t \alpha\, \text{stop}\big(\nabla L(\phi_{i,t})\big), \qquad
               \partial_\theta L(\phi_i, D_i^{\text{query}}) = \nabla L(\phi_i, D_i^{\text{query}})
 
-    The value is that of `maml`, the derivative takes no second derivatives, and no memory for the steps. What the
-    optimizer itself does with the parameters (weight decay) and with hyperparameters stays differentiable.
+    The value is that of `maml`, the derivative takes no second derivatives, and no memory for the steps unless
+    hyperparameters carry gradient. What the optimizer itself does with the parameters (weight decay) and with
+    hyperparameters stays differentiable.
 
     Args:
         loss: As in `maml`.

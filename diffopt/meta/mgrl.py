@@ -1,6 +1,6 @@
 r"""Meta-gradient reinforcement learning: the discount and the trace decay, learned while the agent learns.
 
-.. math:: \theta_{k+1} = \text{step}\bigl(\nabla_\theta L(\theta_k, \eta, \tau_k)\bigr), \qquad
+.. math:: \theta_{k+1} = \text{step}\bigl(\nabla_1 L(\theta_k, \theta_k, \eta, \tau_k)\bigr), \qquad
           \eta \leftarrow \text{step}\bigl(\nabla_\eta J(\theta_K(\eta), \tau')\bigr)
 """
 
@@ -14,6 +14,7 @@ from diffopt import tree
 from diffopt.autodiff import grad, unroll, value_and_grad
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms import GradientTransformation, step
+from diffopt.transforms.base import check_optimizer
 from diffopt.transforms.leaves import flatten_floating
 from diffopt.typing import Numeric, Tree
 
@@ -62,7 +63,7 @@ def mgrl(
 ) -> MGRL:
     r"""Learn the meta-parameters of an agent's update online, from what the update does to an outer objective.
 
-    .. math:: \theta_{k+1} = \text{step}\bigl(\nabla_\theta L(\theta_k, \lfloor\theta_k\rfloor, \eta, \tau_k)\bigr),
+    .. math:: \theta_{k+1} = \text{step}\bigl(\nabla_1 L(\theta_k, \theta_k, \eta, \tau_k)\bigr),
               \qquad \eta \leftarrow \text{step}\bigl(\nabla_\eta J(\theta_K(\eta), \tau')\bigr)
 
     After each window of K updates the meta-parameters take one step, along the derivative through these updates; the
@@ -162,7 +163,7 @@ def lambda_return(rewards: Tensor, values: Tensor, discount: Numeric, trace_deca
         tensor([2.7500, 3.5000, 5.0000])
 
     References:
-        Sutton and Barto (2018), Reinforcement learning, eq. 12.20. Xu, van Hasselt and Silver (2018), Meta-gradient
+        Sutton and Barto (2018), Reinforcement learning, eq. 12.18. Xu, van Hasselt and Silver (2018), Meta-gradient
         reinforcement learning, section 1.1.
     """
     flatten_floating((rewards, values), "(rewards, values)")
@@ -184,9 +185,7 @@ def lambda_return(rewards: Tensor, values: Tensor, discount: Numeric, trace_deca
 def _over_time(name: str, factor: Numeric, rewards: Tensor) -> Tensor:
     """A factor for each time."""
     if not isinstance(factor, Tensor):
-        check_hyperparameter(name, factor, at_least=0.0)
-        if factor > 1:
-            raise ValueError(f"`{name}` must be at most 1; got {factor}.")
+        check_hyperparameter(name, factor, at_least=0.0, at_most=1.0)
         return torch.full_like(rewards, factor)
     flatten_floating(factor, name)
     try:
@@ -212,7 +211,4 @@ def _check_options(inner_loss: Any, outer_loss: Any, optimizer: Any, meta_optimi
         if not callable(loss):
             raise TypeError(f"`{name}` must be a function; got {type(loss).__name__}.")
     for name, value in (("optimizer", optimizer), ("meta_optimizer", meta_optimizer)):
-        if not isinstance(value, GradientTransformation):
-            raise TypeError(
-                f"`{name}` must be a GradientTransformation, such as adam(1e-3); got {type(value).__name__}."
-            )
+        check_optimizer(value, name)

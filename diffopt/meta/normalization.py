@@ -3,7 +3,7 @@ r"""Normalization layers whose second derivatives are right under `vmap`.
 .. math:: \text{norm}(x, w, b) = \text{norm}(x, 1, 0) \cdot w + b
 
 The gradient of `layer_norm`, `batch_norm` and `instance_norm` in inputs and weights, taken under `torch.func.vmap`, has
-a wrong derivative (pytorch/functorch#534, torch 2.13): just that of an inner step. Without weights, theirs is right.
+a wrong derivative (pytorch/functorch#534, torch 2.13), and a meta-gradient needs it. Without weights, theirs is right.
 """
 
 import contextlib

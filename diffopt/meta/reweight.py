@@ -13,6 +13,7 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.autodiff import grad, jvp
 from diffopt.transforms import GradientTransformation, step
+from diffopt.transforms.base import check_optimizer
 from diffopt.transforms.leaves import flatten_floating
 from diffopt.typing import Tree
 
@@ -125,5 +126,5 @@ def _check_options(losses: Any, meta_loss: Any, optimizer: Any) -> None:
     for name, loss in (("losses", losses), ("meta_loss", meta_loss)):
         if not callable(loss):
             raise TypeError(f"`{name}` must be a function; got {type(loss).__name__}.")
-    if optimizer is not None and not isinstance(optimizer, GradientTransformation):
-        raise TypeError(f"`optimizer` must be a GradientTransformation; got {type(optimizer).__name__}.")
+    if optimizer is not None:
+        check_optimizer(optimizer)

@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from diffopt import tree
 from diffopt.autodiff import checkpoint
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Tree
 
 __all__ = ["check_pair", "count_tasks", "task_batch", "task_mean"]
@@ -73,8 +74,8 @@ def task_batch(
         >>> task_batch(loss, in_dims=(None, 0))(torch.zeros(2), tasks)
         tensor(9.)
     """
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
-        raise ValueError(f"`chunk_size` must be None or a positive int; got {chunk_size!r}.")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     if reduce is not None and not callable(reduce):
         raise TypeError(f"`reduce` must be a function of the stacked results, or None; got {type(reduce).__name__}.")
 

@@ -18,7 +18,9 @@ from diffopt.multilevel.precision import first_scale
 from diffopt.multilevel.responses import PerStep, Program, Report, total_gradient
 from diffopt.multilevel.topology import topology
 from diffopt.multilevel.update import GraphState, Metrics, Run, Turn, chunks, piece, turns
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms.donation import check_donation
+from diffopt.transforms.leaves import check_scalar
 from diffopt.typing import Tree
 
 __all__ = ["Graph", "graph"]
@@ -119,8 +121,7 @@ class Graph:
         Raises:
             ValueError: If the chunk is not a positive int.
         """
-        if not isinstance(chunk, int) or chunk < 1:
-            raise ValueError(f"chunk must be a positive int; got {chunk!r}")
+        check_count("chunk", chunk)
         schedule = chunks(self.schedule, chunk)
         kinds = {(turn.name, turn.steps) for turn in schedule if not turn.back}
         pieces = {(name, count): piece(self.program, name, count, backend) for name, count in kinds}
@@ -226,13 +227,6 @@ def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(loss)
     def checked(*args: Any) -> Tensor:
-        value = loss(*args)
-        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
-            return value
-        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(
-            f"the loss of level {name!r} must return a floating-point scalar tensor; got {found}. Reduce it, for "
-            f"example by .mean()"
-        )
+        return check_scalar(loss(*args), f"the loss of level {name!r}")
 
     return checked

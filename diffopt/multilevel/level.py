@@ -15,7 +15,9 @@ from torch import Tensor
 
 from diffopt.autodiff import value_and_grad
 from diffopt.implicit.adjoints import Adjoint, Implicit
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms import GradientTransformation
+from diffopt.transforms.base import check_optimizer
 from diffopt.typing import Tree
 
 __all__ = ["Edge", "Level"]
@@ -40,6 +42,8 @@ class Level:
         warmup: The number of updates of the program for which the level stays where it is, while those below it move.
         precision: bfloat16 or float16: the level's own gradient is computed under autocast, in float16 with a loss
             scaled to stay in range. Products with second derivatives are computed in the parameters' dtype.
+
+    Attributes:
         value_and_grad: Made of the loss: its value and gradient in the level's own parameters.
 
     Raises:
@@ -76,17 +80,14 @@ class Level:
         if not callable(self.loss):
             raise TypeError(f"loss must be a function (own, *reads, batch) -> scalar; got {self.loss!r}")
         object.__setattr__(self, "value_and_grad", value_and_grad(self.loss))  # made once, not once a step
-        if not isinstance(self.optimizer, GradientTransformation):
-            raise TypeError(f"optimizer must be a GradientTransformation such as sgd(0.1); got {self.optimizer!r}")
+        check_optimizer(self.optimizer)
         if not isinstance(self.reads, (tuple, list)) or not all(isinstance(name, str) for name in self.reads):
             raise TypeError(f'reads must be a tuple of names, such as ("weights",); got {self.reads!r}')
         object.__setattr__(self, "reads", tuple(self.reads))
         if len(set(self.reads)) < len(self.reads):
             raise ValueError(f"reads names a level twice: {self.reads}")
         for name, least in (("steps", 1), ("accumulate", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+            check_count(name, getattr(self, name), at_least=least)
         if self.project is not None and not callable(self.project):
             raise TypeError(f"project must be a function params -> params; got {self.project!r}")
         if not isinstance(self.clip, (int, float, Tensor, type(None))):

@@ -18,6 +18,7 @@ from diffopt.linalg import LinearSolver
 from diffopt.linalg.solve import check_solver
 from diffopt.nn.places import Place, find_places, find_tracked, leaf_of
 from diffopt.nn.snapshot import Snapshot
+from diffopt.transforms.leaves import check_scalar
 
 __all__ = ["ImplicitModule"]
 
@@ -266,11 +267,7 @@ class _Equation:
 
     def value(self, x: tuple, held: tuple, data: tuple, named: dict[str, Any]) -> Tensor:
         """The objective."""
-        found = self.snapshot.make([*x, *held]).objective(*data, **named)
-        if not isinstance(found, Tensor) or found.ndim:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"`objective` must return a number (0-d tensor); got {got}.")
-        return found
+        return check_scalar(self.snapshot.make([*x, *held]).objective(*data, **named), "`objective`")
 
 
 def _random_state(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from diffopt import tree
 from diffopt.autodiff import transforms_active
 from diffopt.nn.places import Place, find_places
 from diffopt.transforms import GradientTransformation, step
+from diffopt.transforms.base import check_optimizer
 from diffopt.typing import Tree
 
 __all__ = ["MetaOptimizer"]
@@ -65,9 +66,7 @@ class MetaOptimizer:
     """
 
     def __init__(self, params: Any, optimizer: GradientTransformation, *, first_order: bool = False) -> None:
-        if not isinstance(optimizer, GradientTransformation):
-            hint = "; call the factory, as in sgd(0.1)" if callable(optimizer) else ""
-            raise TypeError(f"`optimizer` must be a GradientTransformation; got {type(optimizer).__name__}{hint}.")
+        check_optimizer(optimizer)
         members, spec = tree.flatten(params)
         if not members:
             raise ValueError("`params` must hold a module or a tensor; got an empty tree.")
@@ -182,7 +181,7 @@ def _check_loss(loss: Any) -> None:
             "MetaOptimizer is for eager code: under torch.func transforms use diffopt.step and diffopt.nn.functional."
         )
     if not torch.is_grad_enabled():
-        raise RuntimeError("MetaOptimizer.step differentiates, and needs grad mode: leave torch.no_grad() around it.")
+        raise RuntimeError("MetaOptimizer.step differentiates in grad mode: call it outside of torch.no_grad().")
     if not isinstance(loss, Tensor):
         raise TypeError(f"`loss` must be a tensor; got {type(loss).__name__}.")
     if not loss.is_floating_point():

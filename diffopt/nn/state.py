@@ -52,7 +52,7 @@ def extract_state(obj: Any, by: By = "reference") -> Any:
         obj: The module or the meta-optimizer.
         by: "reference" keeps the very tensors: going back restores the parameters that an outer optimizer holds.
             "copy" copies memory but stays in the graph: gradients flow back to the tensors copied. "deepcopy" is
-            outside of the graph. Buffers, which modules write into, are always copied, and detached.
+            outside of the graph. Buffers, which modules write into, are always copied.
 
     Returns:
         A `ModuleState` or an `OptimizerState`: trees of tensors, with nothing else.

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt.autodiff import grad
 from diffopt.solvers.objective import Objective
 from diffopt.transforms import GradientTransformation, step
+from diffopt.transforms.base import check_optimizer
 
 __all__ = ["FromOptimizer", "FromOptimizerState"]
 
@@ -53,10 +54,7 @@ class FromOptimizer:
     optimizer: GradientTransformation
 
     def __post_init__(self):
-        if not isinstance(self.optimizer, GradientTransformation):
-            raise TypeError(
-                f"optimizer must be a GradientTransformation, such as adam(1e-2); got {type(self.optimizer).__name__}"
-            )
+        check_optimizer(self.optimizer)
 
     def init(self, fn: Any, x: Tensor) -> FromOptimizerState:
         """The state at the start."""

@@ -11,9 +11,10 @@ from diffopt.implicit.adjoints import Adjoint, Batching, Equation
 from diffopt.linalg.operators import Space
 from diffopt.solvers.iterate import Iteration
 from diffopt.solvers.solution import REFUSED, Solution, check_result
+from diffopt.transforms.base import GradientTransformation
 from diffopt.typing import Tree
 
-__all__ = ["solve"]
+__all__ = ["check_solver", "solve"]
 
 
 def solve(
@@ -48,9 +49,7 @@ def solve(
     """
     if not isinstance(args, tuple):
         raise TypeError(f"{name} takes args as a tuple; got {type(args).__name__}. Write args=(value,)")
-    for method in ("init", "step"):
-        if not callable(getattr(solver, method, None)) or isinstance(solver, type):
-            raise TypeError(f"{name} needs a solver with init and step, such as Newton(); got {solver!r}")
+    check_solver(solver, name)
     if not callable(getattr(adjoint, "solve", None)) or isinstance(adjoint, type):
         raise TypeError(f"{name} needs an adjoint, such as Implicit(); got {adjoint!r}")
     tree.check_tensors(init, name="init")
@@ -70,3 +69,26 @@ def solve(
         result = torch.where(refused, REFUSED, result)
     check_result(result, name, throw)
     return Solution(value, result, stats, state)
+
+
+def check_solver(solver: Any, name: str) -> None:
+    """Raise unless a value is a solver.
+
+    Args:
+        solver: The value.
+        name: The verb's name, for messages.
+
+    Raises:
+        TypeError: If it has no `init` and `step`, or is an optimizer, which has both and means something else.
+
+    Example:
+        >>> from diffopt.optimizers import sgd
+        >>> check_solver(sgd(0.1), "minimize")
+        Traceback (most recent call last):
+        ...
+        TypeError: minimize needs a solver; got an optimizer. Wrap it: FromOptimizer(optimizer).
+    """
+    if isinstance(solver, GradientTransformation):
+        raise TypeError(f"{name} needs a solver; got an optimizer. Wrap it: FromOptimizer(optimizer).")
+    if isinstance(solver, type) or not all(callable(getattr(solver, method, None)) for method in ("init", "step")):
+        raise TypeError(f"{name} needs a solver with init and step, such as Newton(); got {solver!r}")

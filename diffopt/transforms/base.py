@@ -13,7 +13,7 @@ from diffopt.transforms.donation import check_donation
 from diffopt.transforms.leaves import flatten_floating, flatten_like
 from diffopt.typing import Tree
 
-__all__ = ["EmptyState", "GradientTransformation", "apply_updates", "identity", "step"]
+__all__ = ["EmptyState", "GradientTransformation", "apply_updates", "check_optimizer", "identity", "step"]
 
 
 class GradientTransformation(NamedTuple):
@@ -40,6 +40,30 @@ class GradientTransformation(NamedTuple):
     init: Callable[[Tree], Any]
     update: Callable[..., tuple[Tree, Any]]
     step: Callable[..., tuple[Tree, Any]] | None = None
+
+
+def check_optimizer(optimizer: GradientTransformation, name: str = "optimizer") -> None:
+    """Raise unless a value is an optimizer.
+
+    Args:
+        optimizer: The value.
+        name: What error messages call it.
+
+    Raises:
+        TypeError: If it is anything but a `GradientTransformation`.
+
+    Example:
+        >>> check_optimizer(0.1)
+        Traceback (most recent call last):
+        ...
+        TypeError: `optimizer` must be a GradientTransformation, such as diffopt.adam(0.01); got float.
+    """
+    if not isinstance(optimizer, GradientTransformation):
+        hint = "; call the factory, as in adam(0.01)" if callable(optimizer) else ""
+        raise TypeError(
+            f"`{name}` must be a GradientTransformation, such as diffopt.adam(0.01); got "
+            f"{type(optimizer).__name__}{hint}."
+        )
 
 
 class EmptyState(NamedTuple):

@@ -1,6 +1,7 @@
 """Flat lists of leaves, checked once at the door, and the precision in which a transformation computes."""
 
 import operator
+from typing import Any
 
 import torch
 from optree import PyTreeSpec
@@ -10,7 +11,15 @@ from diffopt import tree
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.typing import Numeric, Tree
 
-__all__ = ["as_dtype", "check_hyperparameter", "flatten_floating", "flatten_like", "precise_dtype", "zero_count"]
+__all__ = [
+    "as_dtype",
+    "check_hyperparameter",
+    "check_scalar",
+    "flatten_floating",
+    "flatten_like",
+    "precise_dtype",
+    "zero_count",
+]
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -147,3 +156,30 @@ def zero_count(leaves: list[Tensor]) -> Tensor:
         tensor(0)
     """
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+
+
+def check_scalar(value: Any, source: str) -> Tensor:
+    """Return a value if it is a number to minimize, and raise if not.
+
+    Args:
+        value: What a function returned.
+        source: The function, as error messages call it.
+
+    Returns:
+        The value, a 0-d floating-point tensor.
+
+    Raises:
+        TypeError: If it is anything else.
+
+    Example:
+        >>> check_scalar(torch.ones(2), "`loss`")
+        Traceback (most recent call last):
+        ...
+        TypeError: `loss` must return a 0-d floating-point tensor; got shape (2,) of torch.float32. Reduce it, for ...
+    """
+    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
+        return value
+    found = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(
+        f"{source} must return a 0-d floating-point tensor; got {found}. Reduce it, for example by .mean()."
+    )

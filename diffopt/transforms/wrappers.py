@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms.base import GradientTransformation
 from diffopt.transforms.leafwise import need_params
 from diffopt.transforms.leaves import (
@@ -99,7 +100,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         >>> t.update(torch.tensor([1.0, torch.inf]), t.init(torch.zeros(2)))[0]
         tensor([0., 0.])
     """
-    _check_int("max_consecutive_errors", max_consecutive_errors, 0)
+    check_count("max_consecutive_errors", max_consecutive_errors, at_least=0)
 
     def init(params: Tree) -> ApplyIfFiniteState:
         zero = zero_count(flatten_floating(params, "params")[0])
@@ -147,7 +148,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         >>> first, t.update(torch.tensor([3.0]), state)[0]
         (tensor([0.]), tensor([-2.]))
     """
-    _check_int("every", every, 1)
+    check_count("every", every)
 
     def init(params: Tree) -> AccumulateState:
         leaves, treespec = flatten_floating(params, "params")
@@ -205,7 +206,7 @@ def lookahead(
     References:
         Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS 2019, algorithm 1.
     """
-    _check_int("sync_period", sync_period, 1)
+    check_count("sync_period", sync_period)
     check_hyperparameter("slow_step_size", slow_step_size)
 
     def init(params: Tree) -> LookaheadState:
@@ -273,8 +274,3 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
 
 def _choose(mask: Tensor, new: Any, old: Any) -> Any:
     return tree.map(lambda a, b: torch.where(mask, a, b), new, old)
-
-
-def _check_int(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an int of at least {least}; got {value!r:.60}.")

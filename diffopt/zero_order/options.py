@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import any_lane
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Numeric
 from diffopt.zero_order.members import Evaluate, Members
 from diffopt.zero_order.samplers import Sampler
@@ -66,17 +67,10 @@ class Losses(NamedTuple):
 def check_options(options: Options) -> None:
     """Raise where options make no estimator."""
     o = options
-    for name, value, least in (
-        ("num_samples", o.num_samples, 1),
-        ("start", o.start, 0),
-        ("chunk_size", o.chunk_size, 1),
-    ):
-        if name == "chunk_size" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{name}` must be an int; got {value!r}")
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {value}")
+    check_count("num_samples", o.num_samples)
+    check_count("start", o.start, at_least=0)
+    if o.chunk_size is not None:
+        check_count("chunk_size", o.chunk_size)
     _check_choice("method", o.method, ("antithetic", "forward", "naive"))
     _check_choice("batching", o.batching, ("vmap", "sequential", "batched"))
     _check_choice("nan", o.nan, ("propagate", "drop", "raise"))

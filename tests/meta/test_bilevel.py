@@ -87,7 +87,7 @@ def test_bad_arguments_raise_early():
         bilevel(ridge, 1.0)
     with pytest.raises(TypeError, match="FromOptimizer"):
         bilevel(ridge, valid, solver=sgd(0.1))
-    with pytest.raises(TypeError, match=r"`outer` must return a 0-d floating-point tensor; got \(3,\)"):
+    with pytest.raises(TypeError, match=r"`outer` must return a 0-d floating-point tensor; got shape \(3,\)"):
         bilevel(ridge, lambda x, theta: x, **TIGHT)(LOG_RIDGE, ZERO)
     with pytest.raises(TypeError, match=r"got .* of torch.int64"):
         bilevel(ridge, lambda x, theta: (x > 0).sum(), **TIGHT)(LOG_RIDGE, ZERO)

@@ -40,8 +40,8 @@ def test_levels_that_are_none_are_refused():
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be an int of at least 1"),
-        ({"accumulate": True}, ValueError, "accumulate must be an int"),
+        ({"steps": 0}, ValueError, "`steps` must be at least 1"),
+        ({"accumulate": True}, TypeError, "`accumulate` must be an int"),
         ({"start": "cold"}, ValueError, "start must be"),
         ({"precision": "bf16"}, ValueError, "precision must be"),
         ({"clip": 0.0}, ValueError, "clip must be positive"),

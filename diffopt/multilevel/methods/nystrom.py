@@ -9,6 +9,7 @@ from torch import Tensor
 from diffopt import random, tree
 from diffopt.implicit.adjoints import Info, Response, pulled
 from diffopt.linalg import hessian_operator
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Tree
 
 __all__ = ["Nystrom"]
@@ -48,8 +49,7 @@ class Nystrom:
     moves: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a positive int; got {self.rank!r}")
+        check_count("rank", self.rank)
         if not isinstance(self.damping, Tensor) and not self.damping > 0:
             raise ValueError(f"damping must be positive; got {self.damping!r}")
 

@@ -7,15 +7,8 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
-from diffopt.multilevel.single_loop.protocol import (
-    Draws,
-    check_count,
-    check_state,
-    check_step_sizes,
-    current,
-    open_batches,
-    start,
-)
+from diffopt.multilevel.single_loop.protocol import Draws, check_state, check_step_sizes, current, open_batches, start
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Numeric, Schedule, Tree
 
 __all__ = ["AmIGO", "AmIGOState"]

@@ -8,16 +8,8 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
-from diffopt.multilevel.single_loop.protocol import (
-    Draws,
-    check_count,
-    check_state,
-    check_step_sizes,
-    current,
-    open_batches,
-    start,
-)
-from diffopt.schedules.hyperparameters import check_hyperparameter
+from diffopt.multilevel.single_loop.protocol import Draws, check_state, check_step_sizes, current, open_batches, start
+from diffopt.schedules.hyperparameters import check_count, check_hyperparameter
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Schedule, Tree
 
@@ -54,7 +46,8 @@ class F2SA:
         \qquad \lambda_{t+1} = \lambda_t + \delta_t
 
     The bias of the slope falls as :math:`1 / \lambda`, and its noise grows as :math:`\lambda |y - z|`: both slopes of a
-    difference are taken on one batch, so that what they share cancels.
+    difference are taken on one batch, so that what they share cancels. Without an increase the bias stays: take a
+    large penalty then.
 
     Args:
         inner_step_size: The step :math:`\gamma`, above 0: a number, a 0-d tensor or a schedule, like those below.
@@ -125,9 +118,9 @@ class F2SA:
         gamma = current(self.inner_step_size, count, z, "inner_step_size")
         alpha = self.penalized_step_size
         alpha = gamma / weight if alpha is None else current(alpha, count, z, "penalized_step_size")
-        for batch, outer_batch in zip(inner, outer, strict=True):
+        for batch, other in zip(inner, outer, strict=True):
             z = z - gamma * products.inner_z(z, x, batch)
-            y = y - alpha * (products.outer_z(y, x, outer_batch) + weight * products.inner_z(y, x, batch))
+            y = y - alpha * (products.outer_z(y, x, other) + weight * products.inner_z(y, x, batch))
         gap = products.inner_x(y, x, i) - products.inner_x(z, x, i)
         slope = products.outer_x(y, x, j) + weight.to(x.dtype) * gap
         x = x - current(self.outer_step_size, count, x, "outer_step_size") * slope

@@ -18,7 +18,6 @@ from diffopt.typing import Numeric, Schedule, Tree
 __all__ = [
     "Draws",
     "SingleLoop",
-    "check_count",
     "check_state",
     "check_step_sizes",
     "check_weight",
@@ -204,29 +203,7 @@ def check_weight(name: str, weight: Numeric | Schedule) -> None:
     """
     if callable(weight):
         return
-    check_hyperparameter(name, weight, above=0.0)
-    if not isinstance(weight, Tensor) and weight > 1:
-        raise ValueError(f"`{name}` must be above 0.0 and at most 1.0; got {weight}.")
-
-
-def check_count(name: str, count: int) -> None:
-    """Check a number of steps: an int of at least 1.
-
-    Args:
-        name: What error messages call it.
-        count: The number.
-
-    Raises:
-        TypeError: If it is not an int.
-        ValueError: If it is below 1.
-
-    Example:
-        >>> check_count("steps", 10)
-    """
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"`{name}` must be an int; got {type(count).__name__}: {count!r:.60}.")
-    if count < 1:
-        raise ValueError(f"`{name}` must be at least 1; got {count}.")
+    check_hyperparameter(name, weight, above=0.0, at_most=1.0)
 
 
 def _listed(indices: Tensor, count: int, size: int, name: str) -> list[Tensor]:

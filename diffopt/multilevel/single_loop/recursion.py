@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.multilevel.single_loop.problem import BilevelProblem, Products, products_of
-from diffopt.multilevel.single_loop.protocol import check_count, check_step_sizes, check_weight, current, open_batches
+from diffopt.multilevel.single_loop.protocol import check_step_sizes, check_weight, current, open_batches
 from diffopt.multilevel.single_loop.series import recursive_mean, series_gradient
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Numeric
 
 __all__ = ["check_recursion", "recursive_step"]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffopt import random
 from diffopt.multilevel.single_loop.problem import BilevelProblem
-from diffopt.multilevel.single_loop.protocol import SingleLoop, check_count
+from diffopt.multilevel.single_loop.protocol import SingleLoop
 from diffopt.random.keys import check_key
+from diffopt.schedules.hyperparameters import check_count
 
 __all__ = ["draw", "run"]
 

@@ -6,16 +6,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffopt.multilevel.single_loop.problem import BilevelProblem, products_of
-from diffopt.multilevel.single_loop.protocol import (
-    Draws,
-    check_count,
-    check_state,
-    check_step_sizes,
-    current,
-    open_batches,
-    start,
-)
+from diffopt.multilevel.single_loop.protocol import Draws, check_state, check_step_sizes, current, open_batches, start
 from diffopt.multilevel.single_loop.series import series_gradient, summed_series
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Numeric, Schedule, Tree
 
 __all__ = ["StocBiO", "StocBiOState"]
@@ -45,7 +38,7 @@ class StocBiO:
         x &\leftarrow x - \beta_t \big(\nabla^2_{21} G_I(z, x)\, v + \nabla_2 F_J(z, x)\big)
 
     A new batch I in every step, product and line, one batch J in all. A series of Q products leaves a bias of
-    :math:`(1 - \eta \mu)^{Q + 1}` of the solution at most, with :math:`\mu` the least eigenvalue.
+    :math:`\max_\lambda |1 - \eta \lambda|^{Q + 1}` of the solution at most, over the eigenvalues :math:`\lambda`.
 
     Args:
         inner_step_size: The step :math:`\alpha`, above 0: a number, a 0-d tensor or a schedule, like all three.
@@ -116,6 +109,6 @@ class StocBiO:
         outer_z, outer_x = products.outer(z, x, j)
         eta = current(self.linear_step_size, state.count, z, "linear_step_size")
         v = summed_series(products, z, x, outer_z, eta, batches[self.inner_steps : -1])
-        gamma = current(self.outer_step_size, state.count, x, "outer_step_size")
-        x = x - gamma * series_gradient(products, z, x, v, outer_x, batches[-1])
+        beta = current(self.outer_step_size, state.count, x, "outer_step_size")
+        x = x - beta * series_gradient(products, z, x, v, outer_x, batches[-1])
         return StocBiOState(products.unravel_z(z), products.unravel_x(x), state.count + 1)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from diffopt.transforms import GradientTransformation
+from diffopt.transforms.base import check_optimizer
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
 from diffopt.zero_order.strategies.fitness import finite_losses, rank_weights
-from diffopt.zero_order.strategies.pairs import check_optimizer, descend, halves, mirrored
+from diffopt.zero_order.strategies.pairs import descend, halves, mirrored
 
 __all__ = ["ARSState", "ars"]
 

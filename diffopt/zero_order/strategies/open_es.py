@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffopt.transforms import GradientTransformation
+from diffopt.transforms.base import check_optimizer
 from diffopt.typing import Numeric, Schedule, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
 from diffopt.zero_order.strategies.fitness import Fitness, centered_rank
-from diffopt.zero_order.strategies.pairs import check_optimizer, descend, mirrored
+from diffopt.zero_order.strategies.pairs import descend, mirrored
 
 __all__ = ["OpenESState", "open_es"]
 

@@ -14,28 +14,7 @@ from diffopt import tree
 from diffopt.transforms import GradientTransformation, step
 from diffopt.typing import Tree
 
-__all__ = ["check_optimizer", "descend", "halves", "mirrored"]
-
-
-def check_optimizer(optimizer: GradientTransformation) -> None:
-    """Raise unless a value is an optimizer.
-
-    Args:
-        optimizer: The value.
-
-    Raises:
-        TypeError: If it is anything but a `GradientTransformation`.
-
-    Example:
-        >>> check_optimizer(0.1)
-        Traceback (most recent call last):
-        ...
-        TypeError: `optimizer` must be a GradientTransformation, such as diffopt.adam(0.01); got float.
-    """
-    if not isinstance(optimizer, GradientTransformation):
-        raise TypeError(
-            f"`optimizer` must be a GradientTransformation, such as diffopt.adam(0.01); got {type(optimizer).__name__}."
-        )
+__all__ = ["descend", "halves", "mirrored"]
 
 
 def mirrored(x: Tensor, offsets: Tensor) -> Tensor:

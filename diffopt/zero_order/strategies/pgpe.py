@@ -7,13 +7,14 @@ from torch import Tensor
 
 from diffopt.schedules.hyperparameters import check_hyperparameter
 from diffopt.transforms import GradientTransformation
+from diffopt.transforms.base import check_optimizer
 from diffopt.transforms.leaves import as_dtype
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.noise import noise
 from diffopt.zero_order.strategies.base import Strategy, check_population_size, check_sigma, filled, on_vectors
 from diffopt.zero_order.strategies.clipup import clipup
 from diffopt.zero_order.strategies.fitness import Fitness, centered_rank
-from diffopt.zero_order.strategies.pairs import check_optimizer, descend, halves, mirrored
+from diffopt.zero_order.strategies.pairs import descend, halves, mirrored
 
 __all__ = ["PGPEState", "pgpe"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.schedules.hyperparameters import check_hyperparameter
+from diffopt.schedules.hyperparameters import check_count, check_hyperparameter
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.strategies.base import Strategy, check_population_size
 from diffopt.zero_order.strategies.bounds import Bounds, check_bounds, reflect
@@ -185,7 +185,4 @@ def _improved(losses: list[float]) -> bool:
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"`{name}` must be an int; got {type(count).__name__}: {count!r:.60}.")
-        if count < 0:
-            raise ValueError(f"`{name}` must be at least 0; got {count}.")
+        check_count(name, count, at_least=0)

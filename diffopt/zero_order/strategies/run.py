@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from diffopt import random, tree
 from diffopt.autodiff import compile as compile_whole
+from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Numeric, Tree
 from diffopt.zero_order.strategies.base import Strategy
 from diffopt.zero_order.strategies.bounds import Bounds, check_bounds, reflect
@@ -109,7 +110,7 @@ def run(
         >>> [round(x, 2) for x in found.params["x"].tolist()]
         [3.0, 3.0]
     """
-    _check_steps(steps)
+    check_count("steps", steps, at_least=0)
     check_bounds(bounds, params)
     advance = make_generation(strategy, f, bounds=bounds, batching=batching)
     if compile:
@@ -224,13 +225,6 @@ def _bar(steps: int) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=steps, unit="generation")
-
-
-def _check_steps(steps: int) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"`steps` must be an int; got {type(steps).__name__}: {steps!r:.60}.")
-    if steps < 0:
-        raise ValueError(f"`steps` must be at least 0; got {steps}.")
 
 
 def _check_batching(batching: Batching) -> None:
