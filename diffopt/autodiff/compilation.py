@@ -16,7 +16,8 @@ def compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
     `vmap(torch.compile(f))` runs eagerly without a word; here it raises. Operators that work by rule run as their
     plain-operation forms inside, and those whose work depends on data raise and name the form that compiles. The
-    first call compiles, in seconds; compile time grows with an unroll, so for long ones compile one step.
+    first call compiles, in seconds, or for the steps of a network in minutes; the time grows with an unroll, so for
+    long ones compile one step.
 
     Args:
         fn: a function of trees of tensors, which may apply any transform inside.

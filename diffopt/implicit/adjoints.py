@@ -100,7 +100,7 @@ class Response:
         objective: `(x, *args) -> scalar`, which the solution minimizes.
         retrace: `(truncate, checkpoint, *args) -> x`, the steps that led to the iterate, to be differentiated; with
             `truncate` the last ones alone.
-        step: `gradient -> x`, the iterate after one more step along a gradient.
+        change: `gradient -> dx`, what one more step along a gradient adds to the iterate.
     """
 
     x: Tree
@@ -108,7 +108,7 @@ class Response:
     equation: Equation
     objective: Callable[..., Tensor]
     retrace: Callable[..., Tree]
-    step: Callable[[Tree], Tree]
+    change: Callable[[Tree], Tree]
 
 
 class Info(NamedTuple):

@@ -107,7 +107,15 @@ def _run(fn, merge, dims, flat):
                 raise TypeError(f"a function of a task must return tensors; found {type(leaf).__name__}.")
         return tuple(leaves)
 
-    out = vmap(lane, in_dims=tuple(dims))(*flat)
+    try:
+        out = vmap(lane, in_dims=tuple(dims))(*flat)
+    except RuntimeError as error:
+        if "called random operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "a function of a task draws from torch's global generator, as nn.Dropout does, and all tasks run at once: "
+            "draw from a key instead, by diffopt.random"
+        ) from error
     assert spec is not None
     return list(out), spec
 

@@ -4,7 +4,7 @@ A file is written beside its place, forced to the disk, and renamed onto it: the
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,16 @@ def _own(leaf: Tensor) -> Tensor:
 
 
 def _check_plain(value: Any, name: str) -> None:
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         for key, entry in value.items():
             _check_plain(entry, f"{name}[{key!r}]")
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    elif type(value) in (list, tuple):
         for place, entry in enumerate(value):
             _check_plain(entry, f"{name}[{place}]")
     elif not isinstance(value, Tensor | str | bytes | int | float | None):
-        raise TypeError(f"{name} must be made of tensors, numbers, strings, dicts and lists; got {type(value)}")
+        raise TypeError(
+            f"{name} must be made of tensors, numbers, strings, dicts lists and tuples; got {type(value).__name__}"
+        )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -136,15 +136,19 @@ def _taken(cotangents: dict[str, Tree], x: dict[str, Tree]) -> dict[str, Tree]:
 def moved(program: Program, name: str, gradient: Tree, optimizer: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
     """The parameters and the optimizer's state of a level after a step along a gradient."""
     level = program.levels[name]
-    if level.clip is not None:
-        clipping = clip_by_global_norm(level.clip)
-        gradient, _ = clipping.update(gradient, clipping.init(params))
-    params, optimizer = step(level.optimizer, gradient, optimizer, params, **extra)
+    params, optimizer = step(level.optimizer, _clipped(level, gradient), optimizer, params, **extra)
     if level.project is None:
         return params, optimizer
     projected = level.project(params)
     tree.check_like(projected, params, name=f"the projection of level {name!r}", reference_name="params")
     return projected, optimizer
+
+
+def _clipped(level: Level, gradient: Tree) -> Tree:
+    if level.clip is None:
+        return gradient
+    clipping = clip_by_global_norm(level.clip)
+    return clipping.update(gradient, clipping.init(gradient))[0]
 
 
 def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: Tensor | None):
@@ -243,11 +247,11 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
     def retrace(truncate, checkpoint, *args):
         return _retraced(program, group, moment, args, truncate, checkpoint)
 
-    def stepped(gradient):
-        return {m: moved(program, m, gradient[m], moment.optimizers[m], params)[0] for m, params in x.items()}
+    def change(gradient):
+        return {m: _change(program, m, gradient[m], moment.optimizers[m], params) for m, params in x.items()}
 
     symmetric = len(group.members) == 1
-    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, stepped)
+    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, change)
 
 
 def _value(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tensor]:
@@ -264,6 +268,14 @@ def _value(program: Program, name: str, group: Group, moment: Moment) -> Callabl
 def _slope(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tree]:
     value = _value(program, name, group, moment)
     return lambda x, args: grad(lambda own: value({**x, name: own}, args))(x[name])
+
+
+def _change(program: Program, name: str, gradient: Tree, optimizer: Any, params: Tree) -> Tree:
+    """What a step adds to the parameters; by `update` where it can, which holds less than the step and a difference."""
+    level = program.levels[name]
+    if level.project is None:
+        return level.optimizer.update(_clipped(level, gradient), optimizer, params)[0]
+    return tree.sub(moved(program, name, gradient, optimizer, params)[0], params)
 
 
 def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, Tree]:

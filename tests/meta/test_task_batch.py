@@ -117,3 +117,10 @@ def test_bad_arguments_raise():
         task_batch(quadratic, reduce="mean")
     with pytest.raises(TypeError, match="must return tensors; found float"):
         task_batch(lambda w, c: 1.0, in_dims=(None, 0))(START, centres)
+
+
+def test_draws_without_a_key_say_what_to_do():
+    with pytest.raises(RuntimeError, match="draw from a key"):
+        task_batch(lambda x: torch.nn.functional.dropout(x).sum())(torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        task_batch(lambda x: x @ torch.ones(3))(torch.ones(3, 2))

@@ -1,5 +1,6 @@
 """Files of states: whole, small, and refused where they do not fit."""
 
+import collections
 import os
 
 import pytest
@@ -44,5 +45,8 @@ def test_files_that_do_not_fit(tmp_path):
         load(file, {"w": torch.ones(2)})
     with pytest.raises(TypeError, match=r"extra\['f'\]\[0\] must be made of tensors"):
         save(file, {}, extra={"f": [print]})
+    for extra in (range(3), collections.OrderedDict(a=1), torch.Size([2])):  # would be written, and not be read
+        with pytest.raises(TypeError, match=f"got {type(extra).__name__}"):
+            save(file, {}, extra=extra)
     with pytest.raises(FileNotFoundError, match="make it first"):
         save(tmp_path / "none" / "state.pt", {})

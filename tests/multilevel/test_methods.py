@@ -132,10 +132,10 @@ def response_of_a_level():
     x = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
     args = (torch.tensor([0.8, 0.4], dtype=torch.float64),)
     optimizer = chain(clip_by_global_norm(0.3), adam(0.05))
-    step = lambda g: x + optimizer.update(g, optimizer.init(x), x)[0]  # noqa: E731
+    change = lambda g: optimizer.update(g, optimizer.init(x), x)[0]  # noqa: E731
     slope = torch.func.grad(phi)
     retrace = lambda truncate, checkpoint, a: x - 0.1 * slope(x, a)  # noqa: E731
-    return Response(x, args, Equation(slope, symmetric=True), phi, retrace, step)
+    return Response(x, args, Equation(slope, symmetric=True), phi, retrace, change)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ __all__ = ["SAMA"]
 class SAMA:
     r"""The response of one step of the lower level's optimizer, in two more gradients.
 
-    .. math:: u = A^\top \bar x, \quad A = -\,\frac{\partial\,\text{step}(g)}{\partial g}, \qquad
+    .. math:: u = A^\top \bar x, \quad A = -\,\frac{\partial\,\text{change}(g)}{\partial g}, \qquad
               \bar\theta = -\,\frac{\nabla_\theta \Phi(x + \epsilon u) - \nabla_\theta \Phi(x - \epsilon u)}{2 \epsilon}
 
     `A` is found by differentiating the level's step in its gradient, so that every optimizer serves, its bias
@@ -55,11 +55,11 @@ class SAMA:
     def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
         """See `diffopt.implicit.Adjoint`."""
         slope = response.equation.residual(response.x, *response.args)
-        u = grad(lambda g, v: -tree.vdot(v, response.step(g)))(slope, cotangent)
+        u = grad(lambda g, v: -tree.vdot(v, response.change(g)))(slope, cotangent)
         del cotangent, slope  # they may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
     def respond(self, response: Response, state) -> Tree:
         """See `diffopt.implicit.Adjoint`; with the exact mixed derivative."""
-        x = response.step(response.equation.residual(response.x, *response.args))
-        return tree.map(lambda at, new: at + (new - new.detach()), response.x, x)
+        change = response.change(response.equation.residual(response.x, *response.args))
+        return tree.map(lambda x, c: x + (c - c.detach()), response.x, change)
