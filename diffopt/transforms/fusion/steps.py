@@ -138,7 +138,12 @@ def _tensors(scalars: Mapping[str, Numeric]) -> list[Tensor]:
 
 
 def _moments(rule: StepRule, state: Any) -> tuple[str, ...]:
-    return tuple(name for name in state[0]._fields if name != "count") if rule.moments else ()
+    fields = getattr(state[0], "_fields", ()) if isinstance(state, tuple) and state else ()
+    names = tuple(name for name in fields if name != "count")
+    if len(names) != rule.moments or ("correction1" in rule.scalars and "count" not in fields):
+        found = type(state[0]).__name__ if isinstance(state, tuple) and state else type(state).__name__
+        raise TypeError(f"`state` must be what this optimizer's `init` returned; got that of another: {found}.")
+    return names
 
 
 def _scalars(

@@ -277,3 +277,10 @@ def test_bad_arguments_raise():
         step(optimizer, {"a": torch.ones(2).long()}, state, p)
     with pytest.raises(TypeError, match="must be a number"):
         fuse(adam(lambda n: "x"), ADAM, lambda n: "x", {}).step(p, adam(lambda n: 0.1).init(p), p)
+
+
+def test_the_state_of_another_optimizer_raises():
+    params = torch.ones(3)
+    for mine, other in ((adam(0.1), sgd(0.1)), (sgd(0.1), adam(0.1)), (sgd(0.1, momentum=0.9), adam(0.1))):
+        with pytest.raises(TypeError, match="got that of another"):
+            step(mine, params, other.init(params), params)
