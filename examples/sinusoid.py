@@ -14,7 +14,7 @@ layers of 40 sees 5 or 10 points of it, x in [-5, 5], takes a gradient step of r
 All train with Adam on batches of 25 tasks, for all seeds at once: the whole outer step is one compiled program. What is
 tested is the running average of its iterates, on new waves. There the pre-trained net, which is shown all 20 points of
 each of its waves, steps at the best rate of a grid on the test waves themselves, in its favour; the others take the
-rate of their training.
+rate of their training, and iMAML the steps of its own minimization, by L-BFGS.
 
 Run it: python examples/sinusoid.py --shots 5 --method maml --iterations 70000 [--folder CHECKPOINTS]
 The figures of all methods are in examples/results/sinusoid.json; a run adds its own to them.
@@ -37,8 +37,8 @@ import diffopt
 from diffopt import random, tree
 from diffopt.implicit import Implicit
 from diffopt.linalg import CG, ConvergenceWarning
-from diffopt.meta import adapt, anil, fomaml, imaml, maml, meta_sgd, reptile
-from diffopt.solvers import FromOptimizer
+from diffopt.meta import adapt, adapt_proximal, anil, fomaml, imaml, maml, meta_sgd, reptile
+from diffopt.solvers import LBFGS
 from diffopt.transforms import GradientTransformation
 from diffopt.typing import Tree
 
@@ -49,7 +49,7 @@ OUTER, AVERAGE = diffopt.adam(0.001), 0.999
 RATES = (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 METHODS = ("plain", "maml", "fomaml", "anil", "meta_sgd", "reptile", "imaml")
 HEAD = [False, False, True]
-STRENGTH, SOLVER = 2.0, FromOptimizer(diffopt.sgd(0.02))
+PROXIMAL = {"strength": 0.5, "solver": LBFGS(), "throw": False}
 
 
 class Waves(NamedTuple):
@@ -105,7 +105,7 @@ def objective(method: str) -> Callable[[Tree, tuple[Waves, Waves]], Tensor]:
         "maml": maml(loss, sgd, 1),
         "fomaml": fomaml(loss, sgd, 1),
         "anil": anil(loss, sgd, 1, HEAD),
-        "imaml": imaml(loss, STRENGTH, solver=SOLVER, adjoint=Implicit(CG(max_steps=5)), max_steps=16, throw=False),
+        "imaml": imaml(loss, **PROXIMAL, adjoint=Implicit(CG(max_steps=5)), max_steps=10),
     }
     if method == "meta_sgd":
         return lambda values, tasks: maml(loss, meta_sgd(values["rates"]), 1)(values["params"], tasks)
@@ -191,12 +191,25 @@ def errors(values: Tree, tasks: tuple[Waves, Waves], optimizer: GradientTransfor
     return vmap(of_task)(tasks).mean(0)
 
 
+def minimization_errors(values: Tree, tasks: tuple[Waves, Waves], steps: int = 10) -> Tensor:
+    """The mean squared error after 0, 1, 2, ... steps of iMAML's own minimization, the mean over tasks."""
+
+    def of_task(task: tuple[Waves, Waves]) -> Tensor:
+        start = values["params"]
+        ends = [adapt_proximal(loss, start, task[0], **PROXIMAL, max_steps=k) for k in range(1, steps + 1)]
+        return torch.stack([loss(params, task[1]) for params in (start, *ends)])
+
+    return vmap(of_task)(tasks).mean(0)
+
+
 def judge(method: str, values: Tree, seeds: Sequence[int], shots: int, count: int = 600) -> Tensor:
     """The errors after 0 to 10 steps on 600 new waves, at 100 points of each, (seeds, 11)."""
     keys = torch.stack([random.fold_in(random.key(seed), 1000) for seed in seeds])
     tasks = vmap(functools.partial(draw_tasks, count=count, shots=shots, queries=100))(keys)
     if method == "meta_sgd":
         return vmap(lambda v, t: errors(v, t, meta_sgd(v["rates"])))(values, tasks)
+    if method == "imaml":
+        return vmap(minimization_errors)(values, tasks)
     rates = RATES if method == "plain" else (INNER_RATE,)
     found = torch.stack([vmap(lambda v, t, r=r: errors(v, t, diffopt.sgd(r)))(values, tasks) for r in rates])
     return found[found[:, :, 1].argmin(0), torch.arange(len(seeds))]
