@@ -104,6 +104,11 @@ class Level:
         """Whether a gradient is one call of the loss in the parameters' own dtype."""
         return self.accumulate == 1 and self.precision is None
 
+    @property
+    def simple(self) -> bool:
+        """Whether a step is one of the optimizer along such a gradient, and no more."""
+        return self.plain and self.clip is None and self.project is None
+
     def __repr__(self) -> str:
         return f"Level(reads={self.reads}, steps={self.steps}, start={self.start!r})"
 

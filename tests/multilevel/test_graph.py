@@ -389,3 +389,37 @@ def test_a_compiled_program_has_any_number_of_pieces():
     chain = graph(levels, [Edge(u, v, Detached()) for u, v in itertools.pairwise(reads)])
     state = chain.init(random.key(0), {name: torch.ones(2) for name in reads})
     assert_close(chain.compiled(2, backend="eager")(state)[0], chain.update(state)[0])
+
+
+@pytest.mark.parametrize("optimizer", [sgd(0.2), sgd(0.2, momentum=0.9), adam(0.1)], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("where", ["warm", "reset", "rollback"])
+def test_a_block_of_steps_is_that_of_compiled_ones(optimizer, where):
+    """The lowest level's blocks begin anew within an update."""
+    levels = {
+        "a": Level(lambda a, b, batch: ((a - b) ** 2).sum(), sgd(0.1), reads=("b",)),
+        "b": Level(lambda b, a, c, batch: ((b - a - c) ** 2).sum(), sgd(0.1), reads=("a", "c"), steps=2),
+        "c": Level(
+            lambda c, b, x: (torch.tanh(c - b * x) ** 2 + c**2).sum(), optimizer, reads=("b",), steps=5, start=where
+        ),
+    }
+    three = graph(levels, [Edge("a", "b", Detached()), Edge("b", "c", Detached())])
+    at = {name: torch.linspace(0.5, 1.5, 3, dtype=torch.float64) + i for i, name in enumerate("abc")}
+    state, batches = three.init(random.key(0), at), {"c": torch.tensor(0.5, dtype=torch.float64)}
+    kept, compiled = tree.map(torch.clone, state), three.compiled(1, backend="eager")
+    found, _ = three.update(three.update(state, batches)[0], batches)
+    expected, _ = compiled(compiled(state, batches)[0], batches)
+    assert_close((found.params, found.optimizers), (expected.params, expected.optimizers), rtol=1e-12, atol=1e-12)
+    assert_close(state, kept, rtol=0, atol=0)
+    assert (found.params["b"] - state.params["b"]).abs().min() > 1e-3
+
+
+def test_what_a_loss_captures_is_differentiated_through_a_block():
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    one = graph({"w": Level(lambda w, batch: (scale * w**2).sum(), sgd(0.1, momentum=0.5), steps=6)})
+    state = one.init(random.key(0), {"w": torch.tensor([1.0, -2.0], dtype=torch.float64)})
+    found = torch.autograd.grad(one.update(state)[0].params["w"].sum(), scale)[0]
+    w, trace = torch.tensor([1.0, -2.0], dtype=torch.float64), 0.0
+    for _ in range(6):
+        trace = 0.5 * trace + 2 * scale * w
+        w = w - 0.1 * trace
+    assert_close(found, torch.autograd.grad(w.sum(), scale)[0])

@@ -96,6 +96,8 @@ def fuse(
         new_params, *moments = (tree.unflatten(treespec, column) for column in new)
         return new_params, _next_state(rule, state, count, moments)
 
+    if mask is None:  # for `inner_loop`
+        step.recipe = rule, {**hyperparameters, "learning_rate": learning_rate}  # pyright: ignore[reportFunctionMemberAccess]
     return transformation._replace(step=step)
 
 
