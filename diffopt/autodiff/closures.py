@@ -75,7 +75,7 @@ def hoist(*fns: Any) -> Hoisted:
         new = tuple(made.get(fn, build) for fn, build in zip(fns, builds, strict=True))
         return new[0] if len(fns) == 1 else new
 
-    return Hoisted(rebuild, plan.captured, complete and not plan.cyclic)
+    return Hoisted(rebuild, list(plan.places), complete and not plan.cyclic)
 
 
 def check_closed(fn: Callable[..., Any], inputs: Sequence[Tensor], *, name: str) -> list[Any]:
@@ -291,8 +291,8 @@ class _Rebuild:
 class _Plan:
     """One walk: the tracked tensors found, and for every object a way to rebuild it, or None to keep it."""
 
-    def __init__(self, captured: list[Tensor] | None = None, emptied: frozenset[int] = frozenset()):
-        self.captured: list[Tensor] = [] if captured is None else captured
+    def __init__(self, places: dict[Tensor, int] | None = None, emptied: frozenset[int] = frozenset()):
+        self.places: dict[Tensor, int] = {} if places is None else places  # of the captured tensors, in order
         self.emptied = emptied
         self.builds: dict[int, tuple[Any, Build | None]] = {}  # by id, with the object, so that no id is reused
         self.open: set[int] = set()
@@ -315,14 +315,12 @@ class _Plan:
     def _tensor(self, tensor: Tensor) -> Build | None:
         if not is_tracked(tensor):
             return None
-        place = next((i for i, known in enumerate(self.captured) if known is tensor), len(self.captured))
-        if place == len(self.captured):
-            self.captured.append(tensor)
+        place = self.places.setdefault(tensor, len(self.places))
         return lambda new: new.values[place]
 
     def _function_of_a_module(self, item: ModuleFunction) -> Build | None:
         """What else than the tensors given anew a module holds, in a plan of its own: elsewhere they may be used."""
-        module, plan = item.module, _Plan(self.captured, _emptied(item))
+        module, plan = item.module, _Plan(self.places, _emptied(item))
         build = plan.visit(module)
         self.cyclic = self.cyclic or plan.cyclic
         return build and (lambda new: ModuleFunction(_Rebuild(new.values).get(module, build)))

@@ -1,6 +1,6 @@
 """Implicit differentiation: derivatives of a solution by the equation it solves."""
 
-from diffopt.implicit.adjoints import Adjoint, Detached, Equation, Implicit, OneStep, Unrolled
+from diffopt.implicit.adjoints import Detached, Implicit, OneStep, Unrolled
 from diffopt.implicit.decorators import custom_fixed_point, custom_root
 from diffopt.implicit.diagnostics import Diagnosis, diagnose
 from diffopt.implicit.optimality import (
@@ -11,6 +11,7 @@ from diffopt.implicit.optimality import (
     proximal_map,
     stationarity_map,
 )
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.implicit.root import root_jvp, root_vjp
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import transforms_active
-from diffopt.implicit.adjoints import Equation
+from diffopt.implicit.protocol import Equation
 from diffopt.implicit.root import check_equation, root_vjp
 from diffopt.linalg import CG, GMRES, ConvergenceWarning, Dense, LinearSolver, jacobian_operator
 from diffopt.linalg.operators import LinearOperator

@@ -66,8 +66,6 @@ def adapt_proximal(
         Rajeswaran, Finn, Kakade and Levine (2019), Meta-learning with implicit gradients, eqs. 3 and 6.
     """
     check_hyperparameter("strength", strength, above=0.0)
-    if solver is not None:
-        check_solver(solver, "imaml")
     check_loss(loss)
     leaves, _ = flatten_floating(params, "params")
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from diffopt.autodiff import value_and_grad
-from diffopt.implicit.adjoints import Adjoint, Implicit
+from diffopt.implicit.adjoints import Implicit
+from diffopt.implicit.protocol import Adjoint
 from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms import GradientTransformation
 from diffopt.transforms.base import check_optimizer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import grad, jvp, unroll, value_and_grad
-from diffopt.implicit.adjoints import Equation, Info, Response
+from diffopt.implicit.protocol import Equation, Info, Response
 from diffopt.multilevel.level import Edge, Level
 from diffopt.multilevel.precision import autocast
 from diffopt.multilevel.topology import Group, Topology
@@ -213,20 +213,19 @@ def _found(program: Program, name: str, moment: Moment, known: dict[str, Tree], 
 
 def _answer(program: Program, name: str, group: Group, moment: Moment, args: tuple[Tree, ...]) -> dict[str, Tree]:
     """How a group answers to what it reads, which may have moved from the moment's parameters."""
-    state = moment.methods[name, group.name]
-    flat, treespec = tree.flatten(args)
 
-    def respond(*flat: Tensor) -> tuple[Tensor, ...]:
-        response = _response(program, group, moment, tree.unflatten(treespec, flat))
-        return tuple(tree.leaves(group.edge.method.respond(response, state)))
+    def respond(args: tuple[Tree, ...]) -> dict[str, Tree]:
+        return group.edge.method.respond(_response(program, group, moment, args), moment.methods[name, group.name])
 
-    found = respond(*flat)
-    if moment.follow:
-        here = tree.leaves(tuple(moment.params[outside] for outside in group.outside))
-        away = [(new - old).detach() for new, old in zip(flat, here, strict=True)]
-        found = [x + dx for x, dx in zip(found, jvp(respond, here, away)[1], strict=True)]
-    members = {member: moment.params[member] for member in group.members}
-    return tree.unflatten(tree.flatten(members)[1], found)
+    found = respond(args)
+    if not moment.follow:
+        return found
+    leaves, treespec = tree.flatten(found)
+    flat, spec = tree.flatten(args)
+    here = tree.leaves(tuple(moment.params[outside] for outside in group.outside))
+    away = [(new - old).detach() for new, old in zip(flat, here, strict=True)]
+    _, change = jvp(lambda *flat: tuple(tree.leaves(respond(tree.unflatten(spec, flat)))), here, away)
+    return tree.unflatten(treespec, [x + dx for x, dx in zip(leaves, change, strict=True)])
 
 
 def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.implicit.adjoints import Implicit
 from diffopt.implicit.optimality import fixed_point_map
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.solvers.anderson import Anderson
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.root import shaped

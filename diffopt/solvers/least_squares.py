@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.implicit.adjoints import Implicit
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.solvers.bounds import check_bounds, crossed_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.levenberg_marquardt import LevenbergMarquardt

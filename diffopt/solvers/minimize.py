@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit, OneStep
+from diffopt.implicit.adjoints import Implicit, OneStep
 from diffopt.implicit.optimality import KKT
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.solvers.augmented_lagrangian import AugmentedLagrangian
 from diffopt.solvers.bounds import check_bounds, crossed_bounds, flat_bounds
 from diffopt.solvers.iterate import Norm, Solver, options

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit
+from diffopt.implicit.adjoints import Implicit
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.newton import Newton
 from diffopt.solvers.solution import Solution

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Equation, Implicit, Unrolled
+from diffopt.implicit.adjoints import Implicit, Unrolled
+from diffopt.implicit.protocol import Adjoint, Equation
 from diffopt.solvers.bracketing import Brent, ScalarEquation
 from diffopt.solvers.iterate import Norm, Solver, options
 from diffopt.solvers.newton import Newton

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Adjoint, Batching, Equation
+from diffopt.implicit.protocol import Adjoint, Batching, Equation
 from diffopt.linalg.operators import Space
 from diffopt.solvers.iterate import Iteration
 from diffopt.solvers.solution import REFUSED, Solution, check_result

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from diffopt import random, tree
 from diffopt.implicit import OneStep
-from diffopt.implicit.adjoints import Equation, Response
+from diffopt.implicit.protocol import Equation, Response
 from diffopt.linalg import CG, Dense, Neumann
 from diffopt.multilevel import (
     SAMA,

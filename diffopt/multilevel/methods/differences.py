@@ -9,7 +9,7 @@ import torch
 
 from diffopt import tree
 from diffopt.autodiff import grad
-from diffopt.implicit.adjoints import Response
+from diffopt.implicit.protocol import Response
 from diffopt.typing import Tree
 
 __all__ = ["check_radius", "pulled_by_difference"]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.implicit.adjoints import Info, Response, unsolved
+from diffopt.implicit.protocol import Info, Response, unsolved
 from diffopt.typing import Tree
 from diffopt.zero_order import es_grad, smoothed
 

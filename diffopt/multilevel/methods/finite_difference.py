@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.implicit.adjoints import Info, OneStep, Response, unsolved
+from diffopt.implicit.adjoints import OneStep
+from diffopt.implicit.protocol import Info, Response, unsolved
 from diffopt.multilevel.methods.differences import check_radius, pulled_by_difference
 from diffopt.typing import Tree
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffopt import random, tree
-from diffopt.implicit.adjoints import Info, Response, pulled
+from diffopt.implicit.adjoints import pulled
+from diffopt.implicit.protocol import Info, Response
 from diffopt.linalg import hessian_operator
 from diffopt.schedules.hyperparameters import check_count
 from diffopt.typing import Tree

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import grad
-from diffopt.implicit.adjoints import Info, Response, unsolved
+from diffopt.implicit.protocol import Info, Response, unsolved
 from diffopt.multilevel.methods.differences import check_radius, pulled_by_difference
 from diffopt.typing import Tree
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffopt.implicit.adjoints import Info, Response
+from diffopt.implicit.protocol import Info, Response
 from diffopt.multilevel.methods.estimates import pulled_by_values, responded_by_values
 from diffopt.typing import Tree
 

@@ -36,15 +36,15 @@ class InnerLoop:
         self.params, self.state = params, state
         self._rule, self._scalars = rule, scalars
         first = state[0]
-        self._moments = tuple(name for name in first._fields if name != "count")
         self._count = first.count if "count" in first._fields else None
-        self._columns = [tree.leaves(params), *(tree.leaves(getattr(first, name)) for name in self._moments)]
-        written = [x for column in self._columns for x in column]
-        self._ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in written]
+        moments = (getattr(first, name) for name in first._fields if name != "count")
+        self._columns = [tree.leaves(params), *map(tree.leaves, moments)]
+        self._written = [x for column in self._columns for x in column]
+        self._ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in self._written]
 
     def serves(self) -> bool:
         """Tell whether steps may be in place: few plain leaves of one kind, which no derivative rides on."""
-        written = [x for column in self._columns for x in column]
+        written = self._written
         if not 0 < len(self._columns[0]) <= MOST_LEAVES or any(type(x) is not Tensor for x in written):
             return False
         if any(not x.is_contiguous() or not x.is_cpu or x.dtype != written[0].dtype for x in written):
