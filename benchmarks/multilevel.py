@@ -148,6 +148,7 @@ def hyperparameters() -> list[dict]:
     program, start, batches = ours()
     compiled = program.compiled(chunk=20)
 
+    @torch.no_grad()  # as in `train`; the levels' own derivatives are not affected
     def run(update: Callable, updates: int) -> Tensor:
         state = start
         for _ in range(updates):

@@ -199,7 +199,18 @@ def _make_partial(item: functools.partial, parts: list[Any]) -> functools.partia
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 _LEAVES = _PLAIN | {type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, torch.Generator}
 _HIDDEN: list[Any] = []  # the parts of what cannot be looked into
-_TRUSTED = ("torch", "math", "numpy", "scipy", "builtins", "diffopt", "optree", "functools", "operator")
+_TRUSTED = (
+    "torch",
+    "math",
+    "numpy",
+    "scipy",
+    "builtins",
+    "diffopt",
+    "diffopt_kernels",
+    "optree",
+    "functools",
+    "operator",
+)
 _MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 _FUNCTION = _Kind(_function_parts, _make_function)
 _METHOD = _Kind(lambda m: [m.__self__], lambda m, parts: types.MethodType(m.__func__, parts[0]))

@@ -352,6 +352,24 @@ def _autograd(fn, args, kwargs, argnums, has_aux, leaves, spec):
     return value, aux, spec.unflatten(grads)
 
 
+def leaf_gradient(value: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The gradient of a scalar in leaves made for it, whose graph it frees; for plain autograd alone.
+
+    Args:
+        value: A scalar, computed in grad mode.
+        leaves: Leaves that require grad and that only the caller knows.
+
+    Returns:
+        A tensor for each leaf; None, and the graph as it was, if a derivative of it may be asked for: in grad mode, if
+        the value depends on another leaf.
+    """
+    if torch.is_grad_enabled() and _reaches_foreign_leaf((value,), leaves):
+        return None
+    if not value.requires_grad:
+        return tuple(map(torch.zeros_like, leaves))
+    return _backward((value,), leaves, (torch.ones_like(value),), keep=False, create=False)
+
+
 def _detach_tensors(tree):
     tensors, merge = partition(tree)
     return merge([t.detach() for t in tensors])

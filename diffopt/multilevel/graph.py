@@ -33,11 +33,13 @@ class Graph:
     Args:
         program: Its levels and their topology.
         schedule: Which level moves when, in one update.
+        blocks: The same, where a level's turns that follow each other are one.
         counts: How many steps each level takes in an update; the length of its `PerStep` batches.
     """
 
     program: Program
     schedule: tuple[Turn, ...]
+    blocks: tuple[Turn, ...]
     counts: dict[str, int]
 
     def init(self, key: Tensor, params: Mapping[str, Tree]) -> GraphState:
@@ -100,7 +102,7 @@ class Graph:
         if donate and not torch.compiler.is_compiling():
             check_donation(tree.leaves(state.params), tree.partition(batches)[0])
         run = Run(self.program, state, batches, donate=donate)
-        return run.play(self.schedule, lambda turn: run.step(turn.name, measured=turn.last))
+        return run.play(self.blocks, lambda turn: run.steps(turn.name, turn.steps, measured=turn.last))
 
     def compiled(
         self, chunk: int = 16, *, backend: str = "inductor"
@@ -219,7 +221,8 @@ def graph(levels: Mapping[str, Level], edges: Sequence[Edge] = ()) -> Graph:
     named = {name: dataclasses.replace(level, loss=_named(name, level.loss)) for name, level in levels.items()}
     program = Program(named, shape)
     schedule = tuple(turns(program, program.shape.roots))
-    return Graph(program, schedule, dict(collections.Counter(turn.name for turn in schedule if not turn.back)))
+    counts = collections.Counter(turn.name for turn in schedule if not turn.back)
+    return Graph(program, schedule, chunks(schedule), dict(counts))
 
 
 def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -108,7 +108,7 @@ class Level:
     @property
     def simple(self) -> bool:
         """Whether a step is one of the optimizer along such a gradient, and no more."""
-        return self.plain and self.clip is None and self.project is None
+        return self.plain and self.clip is None and self.project is None and not self.warmup
 
     def __repr__(self) -> str:
         return f"Level(reads={self.reads}, steps={self.steps}, start={self.start!r})"

@@ -187,7 +187,9 @@ class _Run:
 
     def update(self, trained: Trained, number: int) -> tuple[Trained, dict[str, Metrics]]:
         """The run after one more update, or after what is done about one that is not finite."""
-        state, metrics = self.graph.update(trained.state, self.sources(number))
+        batches = self.sources(number)
+        with torch.no_grad():  # nobody asks for a derivative of the run, which need not be looked for then
+            state, metrics = self.graph.update(trained.state, batches)
         where = _not_finite(self.graph, state, metrics, number)
         if not where:
             average = {

@@ -1,5 +1,6 @@
 """An update under way: whose turn it is, and what a turn does."""
 
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import transforms_active
-from diffopt.autodiff.levels import derivative_possible
 from diffopt.multilevel.precision import next_scale
 from diffopt.multilevel.responses import Block, Moment, PerStep, Program, Report, moved, total_gradient
-from diffopt.transforms.fusion import InnerLoop, inner_loop
+from diffopt.transforms.fusion import inner_loop
 from diffopt.typing import Tree
 
 __all__ = ["GraphState", "Metrics", "Run", "Turn", "chunks", "piece", "turns"]
@@ -71,7 +71,6 @@ class Run:
         self.methods, self.scales = dict(state.methods), dict(state.scales)
         self.blocks: dict[str, Block] = {}
         self.fresh = False  # whether what a level steps from is needed later on
-        self.loops: dict[str, InnerLoop] = {}  # of blocks under way, of plain steps
         self.position = dict.fromkeys(program.levels, 0)
         self.batches = {name: _one(batch, 0) for name, batch in batches.items()}
 
@@ -86,7 +85,6 @@ class Run:
     def begin(self, name: str) -> None:
         """Begin a block of steps."""
         level = self.program.levels[name]
-        self.loops.pop(name, None)
         if level.start == "reset":
             self.params[name] = self.before.initial[name]
             self.optimizers[name] = level.optimizer.init(self.params[name])
@@ -133,14 +131,38 @@ class Run:
             self.batches[name] = _one(part, count - 1)
         return metrics
 
+    def steps(self, name: str, count: int, *, measured: bool) -> Metrics | None:
+        """Steps of a level that follow each other, and what the last one saw if that is asked for."""
+        if count > 2:
+            self.step(name, measured=False)
+            count -= 1 + self.steps_in_place(name, count - 2)
+        for _ in range(count - 1):
+            self.step(name, measured=False)
+        return self.step(name, measured=measured)
+
+    def steps_in_place(self, name: str, most: int) -> int:
+        """Steps over the tensors that the step before made, which are nobody else's: how many could be taken."""
+        level = self.program.levels[name]
+        if not level.simple or self.program.shape.groups[name]:
+            return 0
+        loop = inner_loop(level.loss, level.optimizer, self.params[name], self.optimizers[name])
+        if loop is None:
+            return 0
+        reads = [self.params[read] for read in level.reads]
+        for taken in range(most):
+            batch = _one(self.given.get(name), self.position[name])
+            if not loop.step(*reads, batch):
+                return taken
+            self.position[name] += 1
+            self.optimizers[name] = loop.state
+        return most
+
     def step(self, name: str, *, measured: bool) -> Metrics | None:
         """One step of a level, and what it saw if that is asked for."""
         level, count = self.program.levels[name], self.before.updates
         if name in self.given:
             self.batches[name] = _one(self.given[name], self.position[name])
         self.position[name] += 1
-        if not measured and name in self.loops and self.step_in_place(name):
-            return None
         waiting = count < level.warmup if level.warmup else None
         if waiting is not None and not torch.compiler.is_compiling() and not transforms_active() and bool(waiting):
             nan = torch.full((), torch.nan, device=count.device)
@@ -164,23 +186,7 @@ class Run:
             optimizer = tree.where(waiting, self.optimizers[name], optimizer)
         self.params[name], self.optimizers[name] = params, optimizer
         self.methods.update(methods)
-        if level.simple and level.steps > 1 and waiting is None and not (measured or self.program.shape.groups[name]):
-            loop = inner_loop(level.optimizer, params, optimizer)
-            if loop is not None:  # the step made new tensors, which are nobody else's until the block ends
-                self.loops[name] = loop
         return seen
-
-    def step_in_place(self, name: str) -> bool:
-        """A step of a block after its first; or nothing, if a derivative rides on the gradient."""
-        level, loop = self.program.levels[name], self.loops[name]
-        reads = (self.params[read] for read in level.reads)
-        _, gradient = level.value_and_grad(loop.params, *reads, self.batches.get(name))
-        if derivative_possible(tree.leaves(gradient)):
-            del self.loops[name]
-            return False
-        loop.step(gradient)
-        self.optimizers[name] = loop.state
-        return True
 
 
 def turns(program: Program, names: Sequence[str]) -> list[Turn]:
@@ -205,7 +211,7 @@ def _one(batch: Any, position: int) -> Any:
     return merge([t[position] for t in tensors])
 
 
-def chunks(schedule: Sequence[Turn], most: int) -> tuple[Turn, ...]:
+def chunks(schedule: Sequence[Turn], most: float = math.inf) -> tuple[Turn, ...]:
     """The schedule with up to `most` turns of one level that follow each other in one."""
     found: list[Turn] = []
     for turn in schedule:

@@ -10,6 +10,7 @@ from diffopt.implicit.protocol import Equation, Response
 from diffopt.linalg import CG, Dense, Neumann
 from diffopt.multilevel import (
     SAMA,
+    Detached,
     Edge,
     FiniteDifference,
     Implicit,
@@ -229,6 +230,22 @@ def test_what_lies_below_follows_a_level_that_is_moved(shape, method, below):
         return quadratic("a", SHAPES[shape]["a"])(a, *(here[r] for r in SHAPES[shape]["a"]))
 
     assert_close(found, torch.func.grad(top)(known["a"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "within"), [(ZeroOrder(0.05, 8192), 0.2), (Reinforce(0.5, 8192), 0.2)])
+@pytest.mark.parametrize("above", [Implicit(Dense()), OneStep(0.1)], ids=lambda m: type(m).__name__)
+def test_estimates_by_values_alone_serve_within_a_chain(method, within, above):
+    """They give what the lowest level adds by its steps; to `Implicit` above, second derivatives without much noise."""
+    shape = "three, the top acts through the response of the middle alone"
+    levels, known = program(shape, Unrolled(), steps=10).program.levels, start(shape)
+
+    def gradient(below):
+        three = graph(levels, [Edge("a", "b", above), Edge("b", "c", below)])
+        return three.hypergrad("a")(three.init(random.key(0), known))[0]
+
+    exact, without = gradient(Unrolled()), gradient(Detached())
+    distance = torch.linalg.vector_norm(gradient(method) - exact)
+    assert distance < within * torch.linalg.vector_norm(without - exact)
 
 
 def chain_gradient(method, known):

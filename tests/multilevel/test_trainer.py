@@ -279,3 +279,13 @@ def test_a_run_keeps_no_graph():
         train(alone, state, updates=2, quiet=True)
     with torch.no_grad():
         assert not train(alone, state, updates=2, quiet=True).state.params["w"].requires_grad
+
+
+def test_what_a_loss_captures_leaves_no_graph():
+    scale = torch.tensor(2.0, requires_grad=True)
+    alone = graph({"w": Level(lambda w, batch: (scale * w**2).sum(), sgd(0.1), steps=4)})
+    state = alone.init(random.key(0), {"w": torch.ones(2)})
+    assert alone.update(state)[0].params["w"].requires_grad
+    found = train(alone, state, updates=2, quiet=True).state.params["w"]
+    assert not found.requires_grad
+    assert_close(found, torch.full((2,), 0.6**8))

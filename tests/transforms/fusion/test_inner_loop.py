@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from diffopt import tree
+from diffopt.autodiff import grad, value_and_grad
 from diffopt.optimizers import adam, adamw, lion, rmsprop, sgd
 from diffopt.transforms import masked, step
 from diffopt.transforms.fusion import inner_loop
@@ -26,17 +27,25 @@ def draw(seed, dtype=torch.float64):
     }
 
 
+def bowl(params, target):
+    """Not quadratic, with other slopes for each leaf and target."""
+    return sum(((p - t) ** 2 + (p * t).cos()).sum() for p, t in zip(*map(tree.leaves, (params, target)), strict=True))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_are_those_of_step(name, dtype):
     optimizer, params = OPTIMIZERS[name], draw(0, dtype)
     state = optimizer.init(params)
-    loop = inner_loop(optimizer, tree.map(torch.clone, params), optimizer.init(params))
+    loop = inner_loop(bowl, optimizer, tree.map(torch.clone, params), optimizer.init(params))
     assert loop is not None
     for seed in range(1, 6):
-        loop.step(draw(seed, dtype))
-        params, state = step(optimizer, draw(seed, dtype), state, params)
+        target = draw(seed, dtype)
+        assert loop.step(target)
+        _, gradient = value_and_grad(bowl)(params, target)
+        params, state = step(optimizer, gradient, state, params)
         assert_close((loop.params, loop.state), (params, state), rtol=0, atol=0)
+        assert not any(leaf.requires_grad for leaf in tree.leaves((loop.params, loop.state)))
 
 
 @pytest.mark.parametrize(
@@ -60,14 +69,66 @@ def test_steps_are_those_of_step(name, dtype):
 )
 def test_what_does_not_suit_is_left_to_step(optimizer, make):
     params = make(3)
-    assert inner_loop(optimizer, params, optimizer.init(params)) is None
+    assert inner_loop(bowl, optimizer, params, optimizer.init(params)) is None
 
 
 def test_there_is_none_under_transforms():
     optimizer, seen = sgd(0.1), []
-    torch.func.vmap(lambda x: seen.append(inner_loop(optimizer, x, optimizer.init(x))) or x)(torch.ones(2, 3))
-    torch.func.grad(lambda x: seen.append(inner_loop(optimizer, x, optimizer.init(x))) or x.sum())(torch.ones(3))
+
+    def look(x):
+        seen.append(inner_loop(bowl, optimizer, x, optimizer.init(x)))
+        return x.sum()
+
+    torch.func.vmap(look)(torch.ones(2, 3))
+    torch.func.grad(look)(torch.ones(3))
     assert seen == [None, None]
+
+
+def test_a_derivative_that_rides_on_the_gradient_stops_the_loop_before_the_step():
+    optimizer, start = sgd(0.5), torch.ones(3)
+    loop = inner_loop(lambda x, a: (a * x).sum(), optimizer, start, optimizer.init(start))
+    rate = torch.tensor(2.0, requires_grad=True)
+    assert loop is not None
+    assert loop.step(torch.tensor(2.0))
+    assert not loop.step(rate)
+    assert not loop.step((3 * rate).view_as(rate))
+    assert_close(start, torch.zeros(3), rtol=0, atol=0)
+    with torch.no_grad():  # where nobody can ask for it
+        assert loop.step(rate)
+    assert_close(start, -torch.ones(3), rtol=0, atol=0)
+
+
+def test_losses_may_take_derivatives_of_their_own():
+    optimizer, start = sgd(0.1), torch.tensor([1.0, 2.0])
+    steep = lambda x: (grad(lambda y: (x * y**3).sum())(x) ** 2).sum()  # noqa: E731
+    loop = inner_loop(steep, optimizer, start.clone(), optimizer.init(start))
+    assert loop is not None
+    assert loop.step()
+    assert_close(loop.params, start - 0.1 * torch.func.grad(lambda x: 9 * (x**6).sum())(start))
+
+
+def test_parameters_without_a_slope_stay():
+    optimizer, start = sgd(0.1, momentum=0.9), {"used": torch.ones(2), "not": torch.ones(2)}
+    loop = inner_loop(
+        lambda p, use: p["used"].sum() if use else torch.ones(()), optimizer, start, optimizer.init(start)
+    )
+    assert loop is not None
+    assert loop.step(True)
+    assert loop.step(False)
+    assert_close(loop.params, {"used": torch.full((2,), 0.81), "not": torch.ones(2)})
+
+
+class Handed(torch.autograd.Function):
+    """A scalar whose gradient is a tensor of the caller's, not a copy of it."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, *weights):
+        return ctx.gradient, None
 
 
 @pytest.mark.parametrize(
@@ -75,18 +136,18 @@ def test_there_is_none_under_transforms():
 )
 def test_gradients_may_share_memory_with_what_is_written(of):
     optimizer, whole = sgd(0.5, momentum=0.9), torch.tensor([1.0, -2.0, 3.0, 0.5])
-    loop = inner_loop(optimizer, whole.clone(), optimizer.init(whole))
+    loop = inner_loop(Handed.apply, optimizer, whole.clone(), optimizer.init(whole))
     assert loop is not None
     params, state = whole, optimizer.init(whole)
     for _ in range(3):
-        loop.step(of(loop.params))
+        assert loop.step(of(loop.params))
         params, state = step(optimizer, of(params), state, params)
         assert_close(loop.params, params, rtol=0, atol=0)
 
 
 def test_overlapping_views_of_the_parameters_are_read_before_they_are_written():
     memory = torch.arange(1.0, 6.0)
-    loop = inner_loop(sgd(1.0), memory[1:], sgd(1.0).init(memory[1:]))
+    loop = inner_loop(Handed.apply, sgd(1.0), memory[1:], sgd(1.0).init(memory[1:]))
     assert loop is not None
-    loop.step(memory[:-1])
+    assert loop.step(memory[:-1])
     assert_close(memory, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0]))
