@@ -51,6 +51,7 @@ bench: .venv/base ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/meta.py
 	$(BIN)/python benchmarks/zero_order.py
 	$(BIN)/python benchmarks/multilevel.py
+	$(BIN)/python benchmarks/transformers.py
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## Remove everything that the targets made

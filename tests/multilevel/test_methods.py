@@ -127,6 +127,25 @@ def test_sama_is_the_derivative_of_one_more_step(optimizer, options):
     assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("optimizer", [adam(0.1), rmsprop(0.1)], ids=["adam", "rmsprop"])
+def test_sama_leaves_out_parameters_that_were_never_used(optimizer):
+    """Their gradients are 0, where the root of these optimizers has no derivative; here, the words that do not occur."""
+
+    def gradient(words):
+        levels = {
+            "a": Level(lambda a, b, _: ((b[:2] - 1) ** 2).sum(), sgd(0.1), reads=("b",)),
+            "b": Level(lambda b, a, _: ((b[:2] - a) ** 4).sum(), optimizer, reads=("a",)),
+        }
+        two, known = graph(levels, [Edge("a", "b", SAMA())]), {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(words)}
+        state = two.init(random.key(0), tree.map(torch.Tensor.double, known))
+        for _ in range(3):
+            state, _ = two.update(state)
+        return two.hypergrad("a")(state)[0]
+
+    assert_close(gradient(5), gradient(2), rtol=1e-12, atol=0)
+    assert gradient(2).abs().min() > 1e-3
+
+
 def response_of_a_level():
     """A response whose step mixes all parameters, by the clipping, and whose iterate is no solution."""
     phi = lambda x, a: torch.log(torch.exp(x * a[0]).sum() + torch.exp(-x).sum()) + (x - a[1]).pow(2).sum()  # noqa: E731

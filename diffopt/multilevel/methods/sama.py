@@ -3,6 +3,7 @@ r"""The response of one step of the lower level's own optimizer: `SAMA`."""
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from diffopt import tree
@@ -25,6 +26,7 @@ class SAMA:
     correction, weight decay and schedule included, and the level's clipping and projection: for sgd it is the learning
     rate, for Adam its rates adapted to each parameter. No graph of second order of the loss is built. Gradients are
     compared at other values, so a `detach` in the lower loss does not hold here. Biased, as `FiniteDifference` is.
+    Where a gradient is 0 and the step has no derivative (Adam's root of 0: a parameter that was never used), `A` is 0.
 
     Args:
         radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
@@ -56,6 +58,7 @@ class SAMA:
         """See `diffopt.implicit.Adjoint`."""
         slope = response.equation.residual(response.x, *response.args)
         u = grad(lambda g, v: -tree.vdot(v, response.change(g)))(slope, cotangent)
+        u = tree.map(lambda u, g: torch.where(u.isnan() & (g == 0), 0.0, u), u, slope)
         del cotangent, slope  # they may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
