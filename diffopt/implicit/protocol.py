@@ -75,6 +75,7 @@ class Response:
         retrace: `(truncate, checkpoint, *args) -> x`, the steps that led to the iterate, to be differentiated; with
             `truncate` the last ones alone.
         change: `gradient -> dx`, what one more step along a gradient adds to the iterate.
+        pull_change: `(gradient, cotangent) -> cotangent`, what a cotangent of that is for the gradient.
     """
 
     x: Tree
@@ -83,6 +84,7 @@ class Response:
     objective: Callable[..., Tensor]
     retrace: Callable[..., Tree]
     change: Callable[[Tree], Tree]
+    pull_change: Callable[[Tree, Tree], Tree]
 
 
 class Info(NamedTuple):

@@ -23,6 +23,7 @@ from diffopt.multilevel.level import Edge, Level
 from diffopt.multilevel.precision import autocast
 from diffopt.multilevel.topology import Group, Topology
 from diffopt.transforms import clip_by_global_norm, step
+from diffopt.transforms.fusion import by_pieces
 from diffopt.typing import Tree
 
 __all__ = ["Block", "Moment", "PerStep", "Report", "moved", "total_gradient"]
@@ -249,8 +250,14 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
     def change(gradient):
         return {m: _change(program, m, gradient[m], moment.optimizers[m], params) for m, params in x.items()}
 
+    def pull_change(gradient, cotangent):
+        return {
+            m: _pulled_change(program, m, gradient[m], cotangent[m], moment.optimizers[m], params)
+            for m, params in x.items()
+        }
+
     symmetric = len(group.members) == 1
-    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, change)
+    return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, change, pull_change)
 
 
 def _value(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tensor]:
@@ -275,6 +282,18 @@ def _change(program: Program, name: str, gradient: Tree, optimizer: Any, params:
     if level.project is None:
         return level.optimizer.update(_clipped(level, gradient), optimizer, params)[0]
     return tree.sub(moved(program, name, gradient, optimizer, params)[0], params)
+
+
+def _pulled_change(program: Program, name: str, gradient: Tree, cotangent: Tree, optimizer: Any, params: Tree) -> Tree:
+    """The cotangent of the gradient for one of what a step adds: in pieces where that can be, which holds less."""
+    level, found = program.levels[name], None
+    if level.clip is None and level.project is None:
+        along = grad(lambda g, piece, v: v @ level.optimizer.update(g, piece.state, piece.params)[0][0])
+        pull = lambda piece, v: along(piece.gradient, piece, v)[0]  # noqa: E731
+        found = by_pieces(pull, level.optimizer, gradient, optimizer, params, cotangent)
+    if found is None:
+        return grad(lambda g, v: tree.vdot(v, _change(program, name, g, optimizer, params)))(gradient, cotangent)
+    return found
 
 
 def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, Tree]:

@@ -129,20 +129,20 @@ def test_sama_is_the_derivative_of_one_more_step(optimizer, options):
 
 @pytest.mark.parametrize("optimizer", [adam(0.1), rmsprop(0.1)], ids=["adam", "rmsprop"])
 def test_sama_leaves_out_parameters_that_were_never_used(optimizer):
-    """Their gradients are 0, where the root of these optimizers has no derivative; here, the words that do not occur."""
+    """Their gradients are 0, where the root of these optimizers has no derivative."""
 
-    def gradient(words):
+    def gradient(size):
         levels = {
             "a": Level(lambda a, b, _: ((b[:2] - 1) ** 2).sum(), sgd(0.1), reads=("b",)),
             "b": Level(lambda b, a, _: ((b[:2] - a) ** 4).sum(), optimizer, reads=("a",)),
         }
-        two, known = graph(levels, [Edge("a", "b", SAMA())]), {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(words)}
+        two, known = graph(levels, [Edge("a", "b", SAMA())]), {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(size)}
         state = two.init(random.key(0), tree.map(torch.Tensor.double, known))
         for _ in range(3):
             state, _ = two.update(state)
         return two.hypergrad("a")(state)[0]
 
-    assert_close(gradient(5), gradient(2), rtol=1e-12, atol=0)
+    assert_close(gradient(5), gradient(2), rtol=1e-7, atol=0)
     assert gradient(2).abs().min() > 1e-3
 
 
@@ -155,7 +155,8 @@ def response_of_a_level():
     change = lambda g: optimizer.update(g, optimizer.init(x), x)[0]  # noqa: E731
     slope = torch.func.grad(phi)
     retrace = lambda truncate, checkpoint, a: x - 0.1 * slope(x, a)  # noqa: E731
-    return Response(x, args, Equation(slope, symmetric=True), phi, retrace, change)
+    pull_change = lambda g, v: torch.func.vjp(change, g)[1](v)[0]  # noqa: E731
+    return Response(x, args, Equation(slope, symmetric=True), phi, retrace, change, pull_change)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from diffopt import tree
-from diffopt.autodiff import grad
 from diffopt.implicit.protocol import Info, Response, unsolved
 from diffopt.multilevel.methods.differences import check_radius, pulled_by_difference
 from diffopt.typing import Tree
@@ -57,8 +56,8 @@ class SAMA:
     def pull(self, response: Response, cotangent: Tree, state) -> tuple[tuple[Tree, ...], tuple, Info]:
         """See `diffopt.implicit.Adjoint`."""
         slope = response.equation.residual(response.x, *response.args)
-        u = grad(lambda g, v: -tree.vdot(v, response.change(g)))(slope, cotangent)
-        u = tree.map(lambda u, g: torch.where(u.isnan() & (g == 0), 0.0, u), u, slope)
+        u = response.pull_change(slope, cotangent)
+        u = tree.map(lambda u, g: torch.where(u.isnan() & (g == 0), 0.0, -u), u, slope)
         del cotangent, slope  # they may be as large as all parameters
         return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
 
