@@ -25,7 +25,7 @@ from diffopt import random, tree
 from diffopt.multilevel import SAMA, Edge, FiniteDifference, Level, graph
 from diffopt.optimizers import adam
 
-VOCABULARY, CLASSES, TOKENS, EXAMPLES = 20_000, 10, 64, 8
+VOCABULARY, CLASSES, TOKENS, EXAMPLES = 20_000, 10, 64, 16
 METHODS: dict[str, Any] = {"plain": None, "FiniteDifference": FiniteDifference(1e-4), "SAMA": SAMA()}
 
 

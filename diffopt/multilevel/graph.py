@@ -17,7 +17,7 @@ from diffopt.multilevel.level import Edge, Level
 from diffopt.multilevel.precision import first_scale
 from diffopt.multilevel.responses import PerStep, Program, Report, total_gradient
 from diffopt.multilevel.topology import topology
-from diffopt.multilevel.update import GraphState, Metrics, Run, Turn, chunks, piece, turns
+from diffopt.multilevel.update import GraphState, Metrics, Run, Turn, chunks, compiled_steps, turns
 from diffopt.schedules.hyperparameters import check_count
 from diffopt.transforms.donation import check_donation
 from diffopt.transforms.leaves import check_scalar
@@ -126,11 +126,13 @@ class Graph:
         check_count("chunk", chunk)
         schedule = chunks(self.schedule, chunk)
         kinds = {(turn.name, turn.steps) for turn in schedule if not turn.back}
-        pieces = {(name, count): piece(self.program, name, count, backend) for name, count in kinds}
+        steps = {(name, count): compiled_steps(self.program, name, count, backend) for name, count in kinds}
 
         def update(state: GraphState, batches: Mapping[str, Any] | None = None):
             run = Run(self.program, state, self._checked(state, batches))
-            return run.play(schedule, lambda turn: run.leap(pieces[turn.name, turn.steps], turn.name, turn.steps))
+            return run.play(
+                schedule, lambda turn: run.steps_compiled(steps[turn.name, turn.steps], turn.name, turn.steps)
+            )
 
         return update
 
@@ -155,7 +157,7 @@ class Graph:
             run = Run(self.program, state, self._checked(state, batches))
             for each in self.program.levels:
                 run.begin(each)
-            _, gradient, _, reports = total_gradient(self.program, name, run.moment())
+            _, gradient, _, reports = total_gradient(self.program, name, run.context())
             return gradient, reports
 
         return hypergradient

@@ -26,7 +26,7 @@ from diffopt.transforms import clip_by_global_norm, step
 from diffopt.transforms.fusion import by_pieces
 from diffopt.typing import Tree
 
-__all__ = ["Block", "Moment", "PerStep", "Report", "moved", "total_gradient"]
+__all__ = ["Block", "Context", "PerStep", "Report", "moved", "total_gradient"]
 
 
 class PerStep(NamedTuple):
@@ -47,7 +47,7 @@ class Block(NamedTuple):
     batch: Any
 
 
-class Moment(NamedTuple):
+class Context(NamedTuple):
     """All that a gradient may look at: parameters, the states of optimizers and of methods, batches, and last steps.
 
     With `follow`, the levels below one that is moved from its parameters move with it, to first order.
@@ -89,14 +89,14 @@ class Program(NamedTuple):
 
 
 def total_gradient(
-    program: Program, name: str, moment: Moment, scale: Tensor | None = None
+    program: Program, name: str, context: Context, scale: Tensor | None = None
 ) -> tuple[Tensor, Tree, dict[tuple[str, str], Any], dict[str, Report]]:
     """The gradient of a level's loss in its own parameters, through the responses of all levels below.
 
     Args:
         program: The program.
         name: The level.
-        moment: Where everything is.
+        context: Where everything is.
         scale: What the loss is multiplied by before it is differentiated, or None.
 
     Returns:
@@ -105,11 +105,11 @@ def total_gradient(
     level, shape = program.levels[name], program.shape
     if not shape.groups[name] and level.plain and scale is None:
         loss, gradient = level.value_and_grad(
-            moment.params[name], *(moment.params[read] for read in level.reads), moment.batches.get(name)
+            context.params[name], *(context.params[read] for read in level.reads), context.batches.get(name)
         )
         return loss, gradient, {}, {}
     family = [name, *(read for read in level.reads if read in shape.below[name])]
-    loss, slopes = _slopes(level, name, family, moment, scale)
+    loss, slopes = _slopes(level, name, family, context, scale)
     cotangents = dict(zip(family, slopes, strict=True))
     del slopes  # each is as large as a level: it is freed when it was pulled
     after, reports = {}, {}
@@ -118,10 +118,10 @@ def total_gradient(
         if not held:
             continue
         pair, edge = (name, group.name), group.edge
-        response = _response(program, group, moment._replace(follow=moment.follow or edge.method.moves))
+        response = _response(program, group, context._replace(follow=context.follow or edge.method.moves))
         size = None if edge.gain is None else tree.norm(held)
         del held
-        parts, after[pair], info = edge.method.pull(response, _taken(cotangents, response.x), moment.methods[pair])
+        parts, after[pair], info = edge.method.pull(response, _taken(cotangents, response.x), context.methods[pair])
         reports[group.name] = _report(edge, info, response, size, parts)
         for outside, part in zip(group.outside, parts, strict=True):
             if outside == name or outside in shape.below[name]:
@@ -152,12 +152,12 @@ def _clipped(level: Level, gradient: Tree) -> Tree:
     return clipping.update(gradient, clipping.init(gradient))[0]
 
 
-def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: Tensor | None):
+def _slopes(level: Level, name: str, family: list[str], context: Context, scale: Tensor | None):
     """The loss, and its gradients in the members of the family, under autocast if the level says so."""
 
     def value(batch: Any, *values: Tree) -> Tensor:
         known = dict(zip(family, values, strict=True))
-        reads = [known[read] if read in known else moment.params[read] for read in level.reads]
+        reads = [known[read] if read in known else context.params[read] for read in level.reads]
         with autocast(level.precision, known[name]):
             return level.loss(known[name], *reads, batch)
 
@@ -165,7 +165,7 @@ def _slopes(level: Level, name: str, family: list[str], moment: Moment, scale: T
         loss = value(batch, *values)
         return loss * factor, loss.detach() / level.accumulate
 
-    batch, at = moment.batches.get(name), [moment.params[member] for member in family]
+    batch, at = context.batches.get(name), [context.params[member] for member in family]
     argnums = tuple(range(1, 1 + len(family)))
     if level.accumulate == 1 and scale is None:
         return value_and_grad(value, argnums)(batch, *at)
@@ -186,54 +186,54 @@ def _micro_batches(level: Level, batch: Any) -> list[Any]:
     return [merge([t[i] for t in tensors]) for i in range(level.accumulate)]
 
 
-def objective(program: Program, name: str, moment: Moment) -> Callable[..., Tensor]:
+def objective(program: Program, name: str, context: Context) -> Callable[..., Tensor]:
     """The loss of a level as a function `(own, *outside)`, where the levels below it answer, or stay."""
     level, shape = program.levels[name], program.shape
 
     def value(own: Tree, *outside: Tree) -> Tensor:
         known = {name: own, **dict(zip(shape.outside[name], outside, strict=True))}
-        reads = [_found(program, name, moment, known, read) for read in level.reads]
-        batches = _micro_batches(level, moment.batches.get(name))
+        reads = [_found(program, name, context, known, read) for read in level.reads]
+        batches = _micro_batches(level, context.batches.get(name))
         losses = [level.loss(own, *reads, batch) for batch in batches]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     return value
 
 
-def _found(program: Program, name: str, moment: Moment, known: dict[str, Tree], read: str) -> Tree:
+def _found(program: Program, name: str, context: Context, known: dict[str, Tree], read: str) -> Tree:
     """What a level reads: known already, or the response of a level below to what is known, remembered."""
     if read not in known:  # a function of its own, not a closure, which would keep all it knows alive in a cycle
         group = next(group for group in program.shape.groups[name] if read in group.members)
         if group.edge.response == "partial":
-            known.update({member: moment.params[member] for member in group.members})
+            known.update({member: context.params[member] for member in group.members})
         else:
-            args = tuple(_found(program, name, moment, known, other) for other in group.outside)
-            known.update(_answer(program, name, group, moment, args))
+            args = tuple(_found(program, name, context, known, other) for other in group.outside)
+            known.update(_answer(program, name, group, context, args))
     return known[read]
 
 
-def _answer(program: Program, name: str, group: Group, moment: Moment, args: tuple[Tree, ...]) -> dict[str, Tree]:
-    """How a group answers to what it reads, which may have moved from the moment's parameters."""
+def _answer(program: Program, name: str, group: Group, context: Context, args: tuple[Tree, ...]) -> dict[str, Tree]:
+    """How a group answers to what it reads, which may have moved from the context's parameters."""
 
     def respond(args: tuple[Tree, ...]) -> dict[str, Tree]:
-        return group.edge.method.respond(_response(program, group, moment, args), moment.methods[name, group.name])
+        return group.edge.method.respond(_response(program, group, context, args), context.methods[name, group.name])
 
     found = respond(args)
-    if not moment.follow:
+    if not context.follow:
         return found
     leaves, treespec = tree.flatten(found)
     flat, spec = tree.flatten(args)
-    here = tree.leaves(tuple(moment.params[outside] for outside in group.outside))
+    here = tree.leaves(tuple(context.params[outside] for outside in group.outside))
     away = [(new - old).detach() for new, old in zip(flat, here, strict=True)]
     _, change = jvp(lambda *flat: tuple(tree.leaves(respond(tree.unflatten(spec, flat)))), here, away)
     return tree.unflatten(treespec, [x + dx for x, dx in zip(leaves, change, strict=True)])
 
 
-def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, ...] | None = None) -> Response:
+def _response(program: Program, group: Group, context: Context, args: tuple[Tree, ...] | None = None) -> Response:
     """The response of a group: its iterate and arguments are dicts and tuples of levels' parameters."""
-    x = {member: moment.params[member] for member in group.members}
-    args = tuple(moment.params[outside] for outside in group.outside) if args is None else args
-    slopes = {member: _slope(program, member, group, moment) for member in group.members}
+    x = {member: context.params[member] for member in group.members}
+    args = tuple(context.params[outside] for outside in group.outside) if args is None else args
+    slopes = {member: _slope(program, member, group, context) for member in group.members}
 
     def residual(x, *args):
         return {member: slope(x, args) for member, slope in slopes.items()}
@@ -242,17 +242,17 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
         first, *others = group.members
         if others:
             raise ValueError(f"{group.name} minimize no common loss: use Implicit(GMRES()) for their joint response")
-        return _value(program, first, group, moment)(x, args)
+        return _value(program, first, group, context)(x, args)
 
     def retrace(truncate, checkpoint, *args):
-        return _retraced(program, group, moment, args, truncate, checkpoint)
+        return _retraced(program, group, context, args, truncate, checkpoint)
 
     def change(gradient):
-        return {m: _change(program, m, gradient[m], moment.optimizers[m], params) for m, params in x.items()}
+        return {m: _change(program, m, gradient[m], context.optimizers[m], params) for m, params in x.items()}
 
     def pull_change(gradient, cotangent):
         return {
-            m: _pulled_change(program, m, gradient[m], cotangent[m], moment.optimizers[m], params)
+            m: _pulled_change(program, m, gradient[m], cotangent[m], context.optimizers[m], params)
             for m, params in x.items()
         }
 
@@ -260,9 +260,9 @@ def _response(program: Program, group: Group, moment: Moment, args: tuple[Tree, 
     return Response(x, args, Equation(residual, symmetric=symmetric), value, retrace, change, pull_change)
 
 
-def _value(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tensor]:
+def _value(program: Program, name: str, group: Group, context: Context) -> Callable[[dict[str, Tree], tuple], Tensor]:
     """The loss of a member of a group as a function of the group's iterate and arguments."""
-    of_vectors, outside = objective(program, name, moment), program.shape.outside[name]
+    of_vectors, outside = objective(program, name, context), program.shape.outside[name]
 
     def value(x: dict[str, Tree], args: tuple) -> Tensor:
         known = {**dict(zip(group.outside, args, strict=True)), **x}
@@ -271,8 +271,8 @@ def _value(program: Program, name: str, group: Group, moment: Moment) -> Callabl
     return value
 
 
-def _slope(program: Program, name: str, group: Group, moment: Moment) -> Callable[[dict[str, Tree], tuple], Tree]:
-    value = _value(program, name, group, moment)
+def _slope(program: Program, name: str, group: Group, context: Context) -> Callable[[dict[str, Tree], tuple], Tree]:
+    value = _value(program, name, group, context)
     return lambda x, args: grad(lambda own: value({**x, name: own}, args))(x[name])
 
 
@@ -296,9 +296,9 @@ def _pulled_change(program: Program, name: str, gradient: Tree, cotangent: Tree,
     return found
 
 
-def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, Tree]:
+def _retraced(program, group, context, args, truncate, checkpoint) -> dict[str, Tree]:
     """The last steps of a group once more, as a function of what they read; what lies below is taken as it is now."""
-    blocks = {member: moment.blocks[member] for member in group.members}
+    blocks = {member: context.blocks[member] for member in group.members}
     steps = {program.levels[member].steps for member in group.members}
     if len(steps) > 1:
         raise ValueError(f"{group.name} answer each other and take different numbers of steps: use Implicit(GMRES())")
@@ -306,7 +306,7 @@ def _retraced(program, group, moment, args, truncate, checkpoint) -> dict[str, T
 
     def one(carry, now):
         x, optimizers = carry
-        here = moment._replace(batches={**moment.batches, **(now or {})})
+        here = context._replace(batches={**context.batches, **(now or {})})
         for member in group.members:
             slope = _slope(program, member, group, here)(x, args)
             params, optimizer = moved(program, member, slope, optimizers[member], x[member])

@@ -11,11 +11,11 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.autodiff import transforms_active
 from diffopt.multilevel.precision import next_scale
-from diffopt.multilevel.responses import Block, Moment, PerStep, Program, Report, moved, total_gradient
+from diffopt.multilevel.responses import Block, Context, PerStep, Program, Report, moved, total_gradient
 from diffopt.transforms.fusion import inner_loop
 from diffopt.typing import Tree
 
-__all__ = ["GraphState", "Metrics", "Run", "Turn", "chunks", "piece", "turns"]
+__all__ = ["GraphState", "Metrics", "Run", "Turn", "chunks", "compiled_steps", "turns"]
 
 
 class GraphState(NamedTuple):
@@ -79,8 +79,8 @@ class Run:
             self.params, self.optimizers, self.methods, self.scales, self.before.initial, self.before.updates + 1
         )
 
-    def moment(self) -> Moment:
-        return Moment(self.params, self.optimizers, self.methods, self.batches, self.blocks)
+    def context(self) -> Context:
+        return Context(self.params, self.optimizers, self.methods, self.batches, self.blocks)
 
     def begin(self, name: str) -> None:
         """Begin a block of steps."""
@@ -117,13 +117,13 @@ class Run:
                 metrics[turn.name] = seen
         return self.state(), metrics
 
-    def leap(self, piece: Callable[..., Any], name: str, count: int) -> Metrics:
-        """Several steps of a level by a compiled piece."""
+    def steps_compiled(self, steps: Callable[..., Any], name: str, count: int) -> Metrics:
+        """Steps of a level by a compiled function that takes so many."""
         before = self.before._replace(
             params=self.params, optimizers=self.optimizers, methods=self.methods, scales=self.scales, initial={}
         )
         part = self.part(name, count)
-        self.params, self.optimizers, self.methods, self.scales, metrics = piece(
+        self.params, self.optimizers, self.methods, self.scales, metrics = steps(
             before, self.batches, part, self.blocks
         )
         self.position[name] += count
@@ -169,7 +169,7 @@ class Run:
             return Metrics(nan, nan, {}) if measured else None
         scale = self.scales[name]
         loss, gradient, methods, reports = total_gradient(
-            self.program, name, self.moment(), scale.scale if scale else None
+            self.program, name, self.context(), scale.scale if scale else None
         )
         size = tree.norm(gradient) if measured or scale else None
         seen = None if size is None or not measured else Metrics(loss, size, reports)
@@ -223,7 +223,7 @@ def chunks(schedule: Sequence[Turn], most: float = math.inf) -> tuple[Turn, ...]
     return tuple(found)
 
 
-def piece(program: Program, name: str, count: int, backend: str) -> Callable[..., Any]:
+def compiled_steps(program: Program, name: str, count: int, backend: str) -> Callable[..., Any]:
     def steps(state: GraphState, batches: Mapping[str, Any], part: Any, blocks: dict[str, Block]):
         with torch.no_grad():
             run = Run(program, state, {} if part is None else {name: part})
@@ -233,6 +233,6 @@ def piece(program: Program, name: str, count: int, backend: str) -> Callable[...
             metrics = run.step(name, measured=True)
         return run.params, run.optimizers, run.methods, run.scales, metrics
 
-    # torch limits the compiled versions of a code object, which all pieces share: give each its own
+    # torch limits the compiled versions of a code object, which all of these share: give each its own
     own = types.FunctionType(steps.__code__.replace(), steps.__globals__, "steps", None, steps.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
