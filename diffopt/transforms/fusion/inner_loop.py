@@ -16,7 +16,8 @@ from diffopt.autodiff.gradients import leaf_gradient
 from diffopt.autodiff.levels import derivative_possible, plain_autograd
 from diffopt.transforms.base import GradientTransformation
 from diffopt.transforms.fusion import launch, torch_fused
-from diffopt.typing import Numeric, Tree
+from diffopt.transforms.fusion.steps import FusedStep
+from diffopt.typing import Tree
 from diffopt_kernels.steps import StepRule
 
 __all__ = ["InnerLoop", "inner_loop"]
@@ -33,7 +34,7 @@ class InnerLoop:
         state: The optimizer's state.
     """
 
-    def __init__(self, fn: Callable[..., Tensor], rule: StepRule, scalars: Mapping[str, Numeric], params: Tree, state):
+    def __init__(self, fn: Callable[..., Tensor], rule: StepRule, scalars: Mapping[str, float], params: Tree, state):
         self.params, self.state = params, state
         self._fn, self._rule, self._scalars = fn, rule, scalars
         self._columns, treespec = _columns(params, state)
@@ -86,13 +87,13 @@ def inner_loop(
         >>> loop.step(3.0), loop.params
         (True, tensor([-0.5000, -0.5000]))
     """
-    recipe = getattr(optimizer.step, "recipe", None)
-    if recipe is None or not plain_autograd():
+    step = optimizer.step
+    if not isinstance(step, FusedStep) or step.mask is not None or not plain_autograd():
         return None
-    rule, scalars = recipe
-    if any(isinstance(value, Tensor) or callable(value) for value in scalars.values()):
+    numbers = {name: value for name, value in step.scalars.items() if isinstance(value, (int, float))}
+    if len(numbers) < len(step.scalars) or not _serves(step.rule, numbers, _columns(params, state)[0]):
         return None
-    return InnerLoop(fn, rule, scalars, params, state) if _serves(rule, scalars, _columns(params, state)[0]) else None
+    return InnerLoop(fn, step.rule, numbers, params, state)
 
 
 def _columns(params: Tree, state: Any) -> tuple[list[list[Tensor]], PyTreeSpec]:
@@ -102,7 +103,7 @@ def _columns(params: Tree, state: Any) -> tuple[list[list[Tensor]], PyTreeSpec]:
     return [leaves, *map(tree.leaves, moments)], treespec
 
 
-def _serves(rule: StepRule, scalars: Mapping[str, Numeric], columns: list[list[Tensor]]) -> bool:
+def _serves(rule: StepRule, scalars: Mapping[str, float], columns: list[list[Tensor]]) -> bool:
     written = [x for column in columns for x in column]
     if not 0 < len(columns[0]) <= MOST_LEAVES or any(type(x) is not Tensor for x in written):
         return False

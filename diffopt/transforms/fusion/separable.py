@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.transforms.base import GradientTransformation
+from diffopt.transforms.fusion.steps import FusedStep
 from diffopt.typing import Tree
 
 __all__ = ["Piece", "by_pieces"]
@@ -51,7 +52,7 @@ def by_pieces(
         >>> by_pieces(lambda p, y: y * optimizer.update(*p)[0][0], optimizer, x, optimizer.init(x), x, [x[0], 2 * x[1]])
         [tensor([-0.5000]), tensor([-1., -1.])]
     """
-    if getattr(optimizer.step, "recipe", None) is None:
+    if not isinstance(optimizer.step, FusedStep) or optimizer.step.mask is not None:
         return None
     first, *rest = state
     names = [name for name in first._fields if name != "count"]

@@ -21,7 +21,7 @@ from diffopt.transforms.scale import ScaleByScheduleState
 from diffopt.typing import Numeric, Schedule, Tree
 from diffopt_kernels.steps import StepRule
 
-__all__ = ["fuse"]
+__all__ = ["FusedStep", "fuse"]
 
 FUSE_FROM = 1 << 16
 """Trees on the CPU of fewer entries are differentiated operation by operation."""
@@ -61,16 +61,41 @@ def fuse(
         >>> descent.step(torch.ones(1), descent.init(torch.ones(1)), torch.ones(1))[0]
         tensor([0.5000])
     """
+    step = FusedStep(transformation, rule, {**hyperparameters, "learning_rate": learning_rate}, mask)
+    return transformation._replace(step=step)
 
-    memory: list[Checked] = []
 
-    def step(grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any) -> tuple[Tree, Any]:
+class FusedStep:
+    """A step in one pass over the leaves.
+
+    Attributes:
+        rule: The step as one formula.
+        scalars: Its scalars by name but for Adam's corrections; the learning rate may be a schedule.
+        mask: Where its `weight_decay` holds; None for everywhere.
+    """
+
+    def __init__(
+        self,
+        transformation: GradientTransformation,
+        rule: StepRule,
+        scalars: Mapping[str, Numeric | Schedule],
+        mask: Tree | Callable[[Tree], Tree] | None,
+    ):
+        self.rule, self.scalars, self.mask = rule, scalars, mask
+        self._transformation = transformation
+        self._memory: list[Checked] = []
+
+    def __call__(
+        self, grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any
+    ) -> tuple[Tree, Any]:
+        """The new parameters and the new state."""
+        rule = self.rule
         if torch.compiler.is_compiling():
-            return _unfused(transformation, grads, state, params, extra)
+            return _unfused(self._transformation, grads, state, params, extra)
         trees = (params, grads, *(getattr(state[0], name) for name in _moments(rule, state)))
-        scalars, count = _scalars(rule, learning_rate, hyperparameters, state)
-        if donate and mask is None:
-            new = _donated_again(memory, rule, trees, scalars, count)
+        scalars, count = _scalars(rule, self.scalars, state)
+        if donate and self.mask is None:
+            new = _donated_again(self._memory, rule, trees, scalars, count)
             if new is not None:
                 return new[0], _next_state(rule, state, count, new[1:])
         columns, treespec = _columns(trees)
@@ -79,9 +104,9 @@ def fuse(
         if donate:
             check_donation(written, read)
         derivative = not donate and derivative_possible(itertools.chain(written, read))
-        groups = _groups(columns, mask_leaves(mask, params) if "weight_decay" in rule.scalars else None)
+        groups = _groups(columns, mask_leaves(self.mask, params) if "weight_decay" in rule.scalars else None)
         if groups is None or (derivative and _small(columns)):
-            return _unfused(transformation, grads, state, params, extra)
+            return _unfused(self._transformation, grads, state, params, extra)
 
         def launched(part: Columns, decays: bool) -> Columns:
             own = scalars if decays else {**scalars, "weight_decay": 0.0}
@@ -92,13 +117,9 @@ def fuse(
         new = _by_group(launched, columns, groups)
         if donate:
             mark_written(written)
-            memory[:] = filter(None, [remember(treespec, columns), *memory[: REMEMBERED - 1]])
+            self._memory[:] = filter(None, [remember(treespec, columns), *self._memory[: REMEMBERED - 1]])
         new_params, *moments = (tree.unflatten(treespec, column) for column in new)
         return new_params, _next_state(rule, state, count, moments)
-
-    if mask is None:  # for `inner_loop`
-        step.recipe = rule, {**hyperparameters, "learning_rate": learning_rate}  # pyright: ignore[reportFunctionMemberAccess]
-    return transformation._replace(step=step)
 
 
 def _unfused(
@@ -149,18 +170,15 @@ def _moments(rule: StepRule, state: Any) -> tuple[str, ...]:
 
 
 def _scalars(
-    rule: StepRule, learning_rate: Numeric | Schedule, hyperparameters: Mapping[str, Numeric], state: Any
+    rule: StepRule, given: Mapping[str, Numeric | Schedule], state: Any
 ) -> tuple[dict[str, Numeric], Tensor | None]:
-    scalars, count = dict(hyperparameters), None
-    if callable(learning_rate):
-        rate = learning_rate(state[-1].count)
-        check_hyperparameter("learning_rate(count)", rate)
-        scalars["learning_rate"] = rate
-    else:
-        scalars["learning_rate"] = learning_rate
-    if "correction1" in rule.scalars:
-        count = state[0].count + 1
-    return scalars, count
+    """The scalars now, and the count of steps if the rule has one."""
+    scalars: dict[str, Any] = dict(given)
+    rate = given["learning_rate"]
+    if callable(rate):
+        scalars["learning_rate"] = rate(state[-1].count)
+        check_hyperparameter("learning_rate(count)", scalars["learning_rate"])
+    return scalars, state[0].count + 1 if "correction1" in rule.scalars else None
 
 
 def _next_state(rule: StepRule, state: Any, count: Tensor | None, moments: list[Tree]) -> Any:
