@@ -4,9 +4,10 @@ An unroll of T steps stores T carries. With checkpoints it stores :math:`O(\sqrt
 computes the rest again in the backward pass (Griewank and Walther, 2000; Chen et al., 2016).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import optree
@@ -64,11 +65,13 @@ def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _recomputed(fn: Callable[..., Any], *args: Any, complete: bool = True) -> Any:
     """`fn(*args)` storing only the arguments, for a function that captures nothing tracked, known if `complete`."""
     tensors, merge = partition(args)
+    kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds(tensors)]
     out_spec = None
 
     def flat(*inputs):
         nonlocal out_spec
-        out, out_spec = optree.tree_flatten(fn(*merge(inputs)))
+        with _autocast(kinds):  # also in the backward pass, which runs outside of it
+            out, out_spec = optree.tree_flatten(fn(*merge(inputs)))
         for leaf in out:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"a checkpointed function must return tensors; found {type(leaf).__name__}")
@@ -85,6 +88,21 @@ def _recomputed(fn: Callable[..., Any], *args: Any, complete: bool = True) -> An
     out = by_rule(Rules(primal, vjp, jvp, "vmap"))(*tensors)
     assert out_spec is not None
     return out_spec.unflatten(out)
+
+
+def _kinds(tensors: list[Tensor]) -> list[str]:
+    """The kinds of device for which autocast may be on."""
+    return sorted({"cpu", *(x.device.type for x in tensors)} - {"meta"})
+
+
+@contextlib.contextmanager
+def _autocast(kinds: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
+    """Autocast as it was: on for some kinds of device, off for others."""
+    with contextlib.ExitStack() as stack:
+        for kind, enabled, dtype in kinds:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
 
 
 def unroll(

@@ -22,7 +22,7 @@ from diffopt.autodiff.levels import derivative_possible, derivative_wanted, plai
 from diffopt.linalg import CG, Dense, LinearSolver, Tag
 from diffopt.linalg.derivatives import flat_jacobian
 from diffopt.linalg.operators import FEW, Space
-from diffopt.linalg.solve import report, solve_flat
+from diffopt.linalg.solve import DENSE_SIZE, report, solve_flat
 from diffopt.typing import Tree
 
 __all__ = ["believed_tags", "root_jvp", "root_rules", "root_vjp"]
@@ -158,7 +158,7 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
     Returns:
         `(vjp, jvp)`; further outputs carry no gradient.
     """
-    tags = believed_tags(symmetric, solve)
+    tags = believed_tags(symmetric, solve, space.size)
 
     def jacobian(x, inputs):
         return flat_jacobian(fn, (x, *inputs), space, space, tags)
@@ -186,8 +186,13 @@ def root_rules(fn: FlatEquation, space: Space, solve: LinearSolver | None, symme
     return vjp_rule, jvp_rule
 
 
-def believed_tags(symmetric: bool, solve: LinearSolver | None) -> frozenset[Tag]:
-    """The tags of an equation's Jacobian; who gives `CG` says that it suits, which its own check then tells."""
+def believed_tags(symmetric: bool, solve: LinearSolver | None, size: int) -> frozenset[Tag]:
+    """The tags of an equation's Jacobian; who gives `CG` says that it suits, which its own check then tells.
+
+    A direct solver needs no more than symmetry, which also holds where the iterate is no minimizer yet.
+    """
+    if symmetric and (isinstance(solve, Dense) or (solve is None and size <= DENSE_SIZE)):
+        return frozenset(["symmetric"])
     return frozenset(["positive_definite"] if symmetric or isinstance(solve, CG) else [])
 
 

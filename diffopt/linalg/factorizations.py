@@ -36,12 +36,14 @@ class LU:
         Golub and Van Loan (2013), Matrix computations, algorithm 3.4.1.
     """
 
-    causes: ClassVar[str] = "the matrix is singular, or holds NaN"
+    causes: ClassVar[str] = "the matrix is singular, or not symmetric although it is tagged so, or holds NaN"
 
     def factorize(self, bound: Bound, like: Tensor, tags: frozenset[Tag]) -> Factorized:
         """The function that solves for a right side with the factors."""
         A = _matrix(bound, "LU")
         sound = A.isfinite().all()
+        if "symmetric" in tags:  # then a transposed system may be given as the system itself
+            sound = sound & _even(A)
         # LAPACK gives no pivots for NaN
         factors, pivots, info = torch.linalg.lu_factor_ex(torch.where(sound, A, _eye(A)))
         P, L, U = torch.lu_unpack(factors, pivots)
@@ -100,8 +102,8 @@ class Cholesky:
         """The function that solves for a right side with the factor."""
         A = _matrix(bound, "Cholesky")
         L, info = torch.linalg.cholesky_ex(A)
-        even = (A - A.mT).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5 * A.abs().amax()
-        return lambda b: solved_directly(torch.cholesky_solve(b[:, None], L)[:, 0], (info == 0) & even)
+        sound = (info == 0) & _even(A)
+        return lambda b: solved_directly(torch.cholesky_solve(b[:, None], L)[:, 0], sound)
 
     def solve(self, bound: Bound, b: Tensor, x: Tensor | None, tags: frozenset[Tag]) -> tuple[Tensor, Status]:
         """The solution of `bound x = b`, and whether the matrix was positive definite."""
@@ -265,6 +267,11 @@ def _matrix(bound: Bound, name: str) -> Tensor:
     A = bound.dense()
     check_precision(A.dtype, name)
     return A
+
+
+def _even(A: Tensor) -> Tensor:
+    """Whether a matrix is symmetric up to rounding."""
+    return (A - A.mT).abs().amax() <= torch.finfo(A.dtype).eps ** 0.5 * A.abs().amax()
 
 
 def _eye(A: Tensor) -> Tensor:

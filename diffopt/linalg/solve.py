@@ -30,7 +30,7 @@ __all__ = ["ConvergenceWarning", "LinearSolveError", "LinearStats", "linear_solv
 
 Failure: TypeAlias = Literal["raise", "warn", "ignore"]
 
-_DENSE_SIZE = 256
+DENSE_SIZE = 256
 
 
 class LinearSolveError(RuntimeError):
@@ -210,7 +210,7 @@ def _on_vectors(space: Space) -> bool:
 
 
 def _automatic(operator: LinearOperator) -> LinearSolver:
-    if operator.shape[0] <= _DENSE_SIZE or operator.tags & {"diagonal", "tridiagonal"}:
+    if operator.shape[0] <= DENSE_SIZE or operator.tags & {"diagonal", "tridiagonal"}:
         return Dense()
     return CG() if "positive_definite" in operator.tags else GMRES()
 

@@ -80,7 +80,12 @@ def load(path: str | os.PathLike, like: Tree) -> tuple[Tree, Any]:
         ...
         ValueError: ...state.pt holds ['w'] of shape (2,) and torch.float32, where this program has (3,) and ...
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises what its parts do: of zip files, pickles, structs
+        raise ValueError(f"{path} holds no state that `save` wrote, or is damaged") from error
     if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no state that `save` wrote")
     wanted, spec = tree.flatten(like)

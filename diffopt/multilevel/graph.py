@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopt import random, tree
 from diffopt.multilevel.level import Edge, Level
@@ -26,7 +26,7 @@ from diffopt.typing import Tree
 __all__ = ["Graph", "graph"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """A checked multilevel program; made by `graph`.
 
@@ -41,6 +41,9 @@ class Graph:
     schedule: tuple[Turn, ...]
     blocks: tuple[Turn, ...]
     counts: dict[str, int]
+
+    def __repr__(self) -> str:
+        return f"Graph({', '.join(f'{name}: {count}' for name, count in self.counts.items())})"
 
     def init(self, key: Tensor, params: Mapping[str, Tree]) -> GraphState:
         """The state at the start.
@@ -60,6 +63,11 @@ class Graph:
         if set(params) != set(levels):
             raise ValueError(f"params must name the levels {sorted(levels)}; got {sorted(params)}")
         for name, value in params.items():
+            if isinstance(value, nn.Module):
+                raise TypeError(
+                    f"params[{name!r}] is a {type(value).__name__}, a module: give the parameters that "
+                    f"`function, params, buffers = tree.from_module(module)` makes of it, and call `function` in losses"
+                )
             tree.check_tensors(value, name=f"params[{name!r}]")
             if not tree.leaves(value) or not all(leaf.is_floating_point() for leaf in tree.leaves(value)):
                 raise TypeError(f"params[{name!r}] must hold floating-point tensors, at least one")
@@ -232,6 +240,12 @@ def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(loss)
     def checked(*args: Any) -> Tensor:
-        return check_scalar(loss(*args), f"the loss of level {name!r}")
+        try:
+            value = loss(*args)
+        except Exception as error:
+            kinds = ", ".join(type(arg).__name__ for arg in args)
+            error.add_note(f"This is the loss of level {name!r}, called as (own, *reads, batch) with ({kinds}).")
+            raise
+        return check_scalar(value, f"the loss of level {name!r}")
 
     return checked

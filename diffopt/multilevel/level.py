@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopt.autodiff import value_and_grad
 from diffopt.implicit.adjoints import Implicit
@@ -78,6 +78,11 @@ class Level:
     value_and_grad: Callable[..., tuple[Tensor, Tree]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        if isinstance(self.loss, nn.Module):
+            raise TypeError(
+                f"loss is a {type(self.loss).__name__}, a module: write a function (own, *reads, batch) -> scalar that "
+                f"calls what `tree.from_module` makes of it"
+            )
         if not callable(self.loss):
             raise TypeError(f"loss must be a function (own, *reads, batch) -> scalar; got {self.loss!r}")
         object.__setattr__(self, "value_and_grad", value_and_grad(self.loss))  # made once, not once a step
@@ -154,7 +159,8 @@ class Edge:
 
     def __post_init__(self):
         if not callable(getattr(self.method, "pull", None)) or isinstance(self.method, type):
-            raise TypeError(f"method must be an adjoint such as Implicit() or Unrolled(); got {self.method!r}")
+            hint = f"; write Implicit({self.method!r})" if hasattr(self.method, "transposed") else ""
+            raise TypeError(f"method must be an adjoint such as Implicit() or Unrolled(); got {self.method!r}{hint}")
         if self.response not in ("total", "partial"):
             raise ValueError(f'response must be "total" or "partial"; got {self.response!r}')
         if self.upper == self.lower:

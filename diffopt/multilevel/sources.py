@@ -146,6 +146,12 @@ def _checked(batches: Any, counts: Mapping[str, int]) -> dict[str, Any]:
                 f"the batches of {name!r} must be a function of their number or an iterable; got {type(source)}. "
                 f"For one batch that all steps see, write `batches=lambda update: {{{name!r}: batch}}`"
             )
+        if isinstance(source, tuple | Mapping):
+            raise TypeError(
+                f"the batches of {name!r} are a {type(source).__name__}, which would be taken for the batches one by "
+                f"one. For one batch that all steps see, write `batches=lambda update: {{{name!r}: batch}}`; for "
+                f"several, a list"
+            )
         if inspect.isclass(source):
             raise TypeError(f"the batches of {name!r} are a class, {source.__name__}: make one of it")
     return dict(batches)
@@ -154,4 +160,11 @@ def _checked(batches: Any, counts: Mapping[str, int]) -> dict[str, Any]:
 def _stacked(parts: list[Any]) -> Any:
     for part in parts:
         tree.check_tensors(part, name="a batch of a level with several steps or micro-batches")
+    shapes = [[tuple(leaf.shape) for leaf in tree.leaves(part)] for part in parts]
+    if any(each != shapes[0] for each in shapes):
+        odd = next(each for each in shapes if each != shapes[0])
+        raise ValueError(
+            f"the batches of one update must have the same shapes; got {shapes[0]} and {odd}. Leave out a last one "
+            f"that is smaller, as `drop_last=True` of a DataLoader does"
+        )
     return tree.map(lambda *leaves: torch.stack(leaves), *parts)

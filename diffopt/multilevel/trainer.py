@@ -93,7 +93,7 @@ def train(
             `minibatches(key, data, size)`, or an iterable, which begins anew where it ends, and which for `checkpoint`
             needs `state_dict` and `load_state_dict`.
         updates: How many updates `state.updates` counts at the end, those before included.
-        validate: `(trained) -> score`, lower is better.
+        validate: `(trained) -> score`, lower is better; the parameters are in `trained.state.params`.
         validate_every: How many updates are between two validations.
         patience: How many validations in a row may fail to improve; then the run stops. None never stops it.
         average: The decay of the running average of a level's parameters, for the levels that are to have one.
@@ -140,6 +140,10 @@ def train(
             raise ValueError(f"{name} must be a positive int; got {value!r}")
     if patience is not None and (validate is None or not isinstance(patience, int) or patience < 1):
         raise ValueError(f"patience must be a positive int, and needs validate; got {patience!r}")
+    if validate is not None and validate_every > updates > 0:
+        raise ValueError(f"validate_every={validate_every} is more than updates={updates}: nothing would be validated")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True goes on from a file: give its name as `checkpoint`")
     if on_nan not in ("raise", "skip", "rollback"):
         raise ValueError(f'on_nan must be "raise", "skip" or "rollback"; got {on_nan!r}')
     run = _Run(graph, sources, average, on_nan, None if checkpoint is None else Path(checkpoint))
@@ -202,8 +206,9 @@ class _Run:
             raise NotFiniteError(
                 f"update {number} gave numbers that are not finite in {', '.join(where)}; the state before it is in "
                 f"`trained` of this error{f', and in {self.file}' if self.file else ''}. Look at the batch of this "
-                "update, at the learning rates and at the residuals of its reports (damping bounds a solve), or go on "
-                'with on_nan="skip" or "rollback"',
+                "update, at the learning rates, at the residuals of its reports (damping bounds a solve), and at "
+                "derivatives of optimizers' steps (Adam's, of a root of 0, need eps_root), or go on with "
+                'on_nan="skip" or "rollback"',
                 trained,
             )
         back = self.saved if self.on_nan == "rollback" else trained
@@ -242,6 +247,8 @@ class _Run:
 
 def _decays(average: Mapping[str, float] | None, graph: Graph) -> dict[str, float]:
     """The decays of the running averages, checked."""
+    if not isinstance(average, Mapping | None):
+        raise TypeError(f"average must be a dict from levels to decays; got {average!r}")
     for name, decay in (average or {}).items():
         if name not in graph.program.levels:
             raise ValueError(f"there is no level {name!r} to average; the levels are {sorted(graph.program.levels)}")

@@ -135,27 +135,26 @@ class Run:
         """Steps of a level that follow each other, and what the last one saw if that is asked for."""
         if count > 2:
             self.step(name, measured=False)
-            count -= 1 + self.steps_in_place(name, count - 2)
+            count -= 1 + self.steps_in_loop(name, count - 2)
         for _ in range(count - 1):
             self.step(name, measured=False)
         return self.step(name, measured=measured)
 
-    def steps_in_place(self, name: str, most: int) -> int:
-        """Steps over the tensors that the step before made, which are nobody else's: how many could be taken."""
+    def steps_in_loop(self, name: str, most: int) -> int:
+        """Steps over the state that the step before made, which is nobody else's: how many could be taken."""
         level = self.program.levels[name]
-        if not level.simple or self.program.shape.groups[name]:
+        if self.donate or not level.simple or self.program.shape.groups[name]:
             return 0
         loop = inner_loop(level.loss, level.optimizer, self.params[name], self.optimizers[name])
         if loop is None:
             return 0
-        reads = [self.params[read] for read in level.reads]
-        for taken in range(most):
-            batch = _one(self.given.get(name), self.position[name])
-            if not loop.step(*reads, batch):
-                return taken
+        reads, first = [self.params[read] for read in level.reads], self.position[name]
+        for here in range(first, first + most):
+            if not loop.step(*reads, _one(self.given.get(name), here)):
+                break
             self.position[name] += 1
-            self.optimizers[name] = loop.state
-        return most
+        self.params[name], self.optimizers[name] = loop.params, loop.state
+        return self.position[name] - first
 
     def step(self, name: str, *, measured: bool) -> Metrics | None:
         """One step of a level, and what it saw if that is asked for."""

@@ -179,7 +179,7 @@ def check_scalar(value: Any, source: str) -> Tensor:
     """
     if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
         return value
-    found = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(
-        f"{source} must return a 0-d floating-point tensor; got {found}. Reduce it, for example by .mean()."
-    )
+    must = f"{source} must return a 0-d floating-point tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{must}; got {type(value).__name__}.")
+    raise TypeError(f"{must}; got shape {tuple(value.shape)} of {value.dtype}. Reduce it, for example by .mean().")

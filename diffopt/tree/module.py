@@ -165,6 +165,11 @@ def _fresh(buffers: Mapping[str, Tensor], tracked: frozenset[str], context: Any)
 
 
 def _check_names(values: Mapping[str, Tensor], expected: set[str], label: str) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`{label}` must be a dict from name to tensor, as `from_module` gives it; got {type(values).__name__}. "
+            f"The function is called as function(params, buffers, *args)."
+        )
     if values.keys() != expected:
         missing, extra = sorted(expected - values.keys()), sorted(values.keys() - expected)
         raise ValueError(f"`{label}` must name what the module names: missing {missing}, unexpected {extra}.")

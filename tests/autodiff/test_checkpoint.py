@@ -216,3 +216,21 @@ def test_compiled_unrolls_are_right(strategy):
 
     found = torch.compile(grad(end), fullgraph=True, backend="eager")(THETA)
     assert close(found, grad(end)(THETA))
+
+
+def test_autocast_holds_in_the_backward_pass():
+    net, outer = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    x = torch.tensor([[1.0, -2.0]])
+
+    def slope(block):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = block(outer(x)).float().pow(2).sum()
+        return torch.autograd.grad(out, [*outer.parameters(), *net.parameters()])
+
+    torch.testing.assert_close(slope(checkpoint(net)), slope(net))
+    seen = []
+    out = checkpoint(lambda x: seen.append(net(x).dtype) or net(x))(x).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # nor is it on where it was off
+        torch.autograd.grad(out, net.weight)
+    assert len(seen) > 1
+    assert set(seen) == {torch.float32}

@@ -50,3 +50,14 @@ def test_files_that_do_not_fit(tmp_path):
             save(file, {}, extra=extra)
     with pytest.raises(FileNotFoundError, match="make it first"):
         save(tmp_path / "none" / "state.pt", {})
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"junk", lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"t" * 5000]
+)
+def test_a_damaged_file_is_called_so(damage, tmp_path):
+    file = tmp_path / "state.pt"
+    save(file, {"w": torch.ones(200)})
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"state.pt holds no state that `save` wrote, or is damaged"):
+        load(file, {"w": torch.ones(200)})

@@ -423,3 +423,25 @@ def test_what_a_loss_captures_is_differentiated_through_a_block():
         trace = 0.5 * trace + 2 * scale * w
         w = w - 0.1 * trace
     assert_close(found, torch.autograd.grad(w.sum(), scale)[0])
+
+
+def test_what_goes_wrong_in_a_loss_names_its_level():
+    one = graph({"w": Level(lambda w, batch: ((w - batch["x"]) ** 2).sum(), sgd(0.1))})
+    state = one.init(random.key(0), {"w": torch.ones(2)})
+    with pytest.raises(TypeError, match="not subscriptable") as caught:
+        one.update(state)
+    assert caught.value.__notes__ == [
+        "This is the loss of level 'w', called as (own, *reads, batch) with (Tensor, NoneType)."
+    ]
+    assert repr(one) == "Graph(w: 1)"
+
+
+def test_modules_are_no_trees_and_no_losses():
+    net = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="loss is a Linear, a module"):
+        Level(net, sgd(0.1))
+    one = graph({"w": Level(lambda w, batch: (w["weight"] ** 2).sum(), sgd(0.1))})
+    with pytest.raises(TypeError, match="is a Linear, a module: give the parameters"):
+        one.init(random.key(0), {"w": net})
+    with pytest.raises(TypeError, match=r"write Implicit\(CG\("):
+        Edge("a", "b", CG(max_steps=3))

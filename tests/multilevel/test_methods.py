@@ -373,3 +373,44 @@ def test_a_loss_of_nan_gives_no_gradient_and_leaves_the_adjoint():
     assert broken.hypergrad("a")(state)[0].isnan().all()
     after, _ = broken.update(state)
     assert after.methods["a", "b"]["b"].isfinite().all()
+
+
+def at_a_saddle(method):
+    """The hypergradient over a level whose iterate is no minimizer: its Hessian has eigenvalues of both signs."""
+    A = torch.tensor([[1.0, 0.5], [0.5, -2.0]], dtype=torch.float64)
+    levels = {
+        "a": Level(lambda a, b, _: ((b - 2) ** 2).sum(), sgd(0.1), reads=("b",)),
+        "b": Level(lambda b, a, _: b @ A @ b / 2 - (a * b).sum(), sgd(0.1), reads=("a",)),
+    }
+    two = graph(levels, [Edge("a", "b", method)])
+    ones = torch.ones(2, dtype=torch.float64)
+    return two.hypergrad("a")(two.init(random.key(0), {"a": ones, "b": ones})), torch.linalg.solve(A, -2 * ones)
+
+
+@pytest.mark.parametrize("method", [Implicit(), Implicit(Dense())], ids=["automatic", "dense"])
+def test_a_direct_solve_needs_no_minimizer(method):
+    (found, reports), expected = at_a_saddle(method)
+    assert_close(found, expected)
+    assert reports["b"].residual < 1e-12
+
+
+@pytest.mark.parametrize("method", [FiniteDifference(0.1), SAMA()], ids=lambda m: type(m).__name__)
+def test_differences_are_of_one_loss_where_it_draws(method):
+    """Dropout draws one mask for both places; of two masks the difference would be noise, divided by a small number."""
+    x = random.normal(random.key(0), (20, 3), dtype=torch.float64)
+
+    def losses(b):
+        return ((torch.nn.functional.dropout(x, 0.3) @ b).tanh() - x.sum(1)) ** 2
+
+    levels = {
+        "a": Level(lambda a, b, _: losses(b).mean(), sgd(0.1), reads=("b",)),
+        "b": Level(lambda b, a, _: (losses(b) * a.sigmoid()).mean(), sgd(0.1), reads=("a",)),
+    }
+
+    def gradients(method):
+        two = graph(levels, [Edge("a", "b", method)])
+        state = two.init(random.key(0), {"a": x[:, 0], "b": x[0]})
+        torch.manual_seed(0)
+        return torch.stack([two.hypergrad("a")(state)[0] for _ in range(20)])
+
+    assert gradients(method).std(0).norm() < 2 * gradients(OneStep(0.1)).std(0).norm()

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffopt import random
-from diffopt.multilevel import minibatches, train
+from diffopt.multilevel import Edge, Level, graph, minibatches, train
 from diffopt.multilevel.sources import Sources
+from diffopt.optimizers import sgd
 from multilevel.small_runs import DATA, program, same
 
 
@@ -37,3 +38,22 @@ def test_iterables_that_are_to_outlive_a_kill_need_a_state():
     two, _ = program()
     with pytest.raises(TypeError, match="with state_dict"):
         Sources({"b": [DATA]}, two, lasting=True)
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(3), torch.ones(3)), {"x": torch.ones(3)}], ids=["tuple", "dict"])
+def test_one_batch_is_not_taken_for_several(batch):
+    alone = graph({"w": Level(lambda w, batch: (w**2).sum(), sgd(0.1))})
+    with pytest.raises(TypeError, match="would be taken for the batches one by one"):
+        Sources({"w": batch}, alone, lasting=False)
+
+
+def test_batches_of_an_update_have_one_shape():
+    alone = graph(
+        {
+            "v": Level(lambda v, w, batch: (w**2).sum() + v, sgd(0.1), reads=("w",)),
+            "w": Level(lambda w, v, batch: (w**2).sum() + v, sgd(0.1), reads=("v",), steps=2),
+        },
+        [Edge("v", "w")],
+    )
+    with pytest.raises(ValueError, match="Leave out a last one that is smaller"):
+        Sources({"w": [torch.ones(3), torch.ones(2)]}, alone, lasting=False)(0)

@@ -289,3 +289,13 @@ def test_what_a_loss_captures_leaves_no_graph():
     found = train(alone, state, updates=2, quiet=True).state.params["w"]
     assert not found.requires_grad
     assert_close(found, torch.full((2,), 0.6**8))
+
+
+def test_a_run_that_would_validate_nothing_raises():
+    two, state = program()
+    with pytest.raises(ValueError, match="nothing would be validated"):
+        train(two, state, poisoned(()), updates=60, validate=lambda trained: 1.0, quiet=True)
+    with pytest.raises(ValueError, match="resume=True goes on from a file"):
+        train(two, state, poisoned(()), updates=2, resume=True, quiet=True)
+    with pytest.raises(TypeError, match="average must be a dict"):
+        train(two, state, poisoned(()), updates=2, average=0.9, quiet=True)

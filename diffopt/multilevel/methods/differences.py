@@ -6,6 +6,7 @@ r"""The mixed second derivative along a direction, from two gradients.
 """
 
 import torch
+from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import grad
@@ -41,7 +42,24 @@ def pulled_by_difference(response: Response, u: Tree, radius: float | None) -> t
         moved = torch.full_like(length, radius)
     epsilon = torch.where(length > 0, moved / length, 0.0).detach()
     slopes = grad(response.objective, argnums=tuple(range(1, len(response.args) + 1)))
+    draws = _generators(x)
     high = slopes(tree.map(lambda x, u: x + epsilon * u, x, u), *response.args)
+    _rewind(draws)
     low = slopes(tree.map(lambda x, u: x - epsilon * u, x, u), *response.args)
     divisor = torch.where(epsilon > 0, 2 * epsilon, 1.0)
     return tree.map(lambda low, high: (low - high) / divisor, low, high)
+
+
+def _generators(x: Tree) -> list[tuple[torch.device, Tensor]]:
+    """Where torch's own generators are, from which a loss may draw, as dropout does; none while compiling."""
+    if torch.compiler.is_compiling():
+        return []
+    devices = {leaf.device for leaf in tree.leaves(x) if leaf.is_cuda}
+    states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return [(torch.device("cpu"), torch.get_rng_state()), *states]
+
+
+def _rewind(draws: list[tuple[torch.device, Tensor]]) -> None:
+    """Let the next loss draw what the one before drew: a difference of two others would be noise."""
+    for device, state in draws:
+        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)

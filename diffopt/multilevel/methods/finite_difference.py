@@ -30,6 +30,7 @@ class FiniteDifference:
         radius: How far the iterate is moved; None is :math:`\varepsilon^{1/3}` of its dtype times its norm, at least 1.
 
     Raises:
+        TypeError: If `step_size` is not a number or a tensor.
         ValueError: If the radius is not positive.
 
     Example:
@@ -47,6 +48,8 @@ class FiniteDifference:
     moves: ClassVar[bool] = True
 
     def __post_init__(self):
+        if not isinstance(self.step_size, (int, float, Tensor)):
+            raise TypeError(f"step_size must be a number or a tensor; got {self.step_size!r}")
         check_radius(self.radius)
 
     def begin(self, x: Tree, key: Tensor):

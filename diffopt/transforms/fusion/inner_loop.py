@@ -1,7 +1,7 @@
-"""The steps of an inner loop, in place on tensors that the loop alone holds: what they are is checked once.
+"""The steps of an inner loop, on tensors that the loop alone holds: what they are is checked once.
 
-`step(..., donate=True)` takes any tensors, and looks at them anew each time; `value_and_grad` takes any function and
-makes new leaves each time. For a few small leaves both take longer than the step.
+`value_and_grad` and `step` take any function and any tensors, and look at them anew each time, which for a few small
+leaves takes longer than the step.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,54 +27,53 @@ MOST_LEAVES = 16
 
 
 class InnerLoop:
-    """Parameters and an optimizer's state that steps down a function write over; made by `inner_loop`.
+    """Parameters and an optimizer's state, as they step down a function; made by `inner_loop`.
+
+    Each step makes new parameters, since the function has seen the old ones, and writes over the moments.
 
     Attributes:
-        params: The parameters.
         state: The optimizer's state.
     """
 
     def __init__(self, fn: Callable[..., Tensor], rule: StepRule, scalars: Mapping[str, float], params: Tree, state):
-        self.params, self.state = params, state
+        self.state = state
         self._fn, self._rule, self._scalars = fn, rule, scalars
-        self._columns, treespec = _columns(params, state)
+        (self._leaves, *self._moments), self._treespec = _columns(params, state)
         self._count = state[0].count if "count" in state[0]._fields else None
-        self._ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for column in self._columns for x in column]
-        self._inputs = tuple(x.detach().requires_grad_() for x in self._columns[0])  # the same memory: they move along
-        self._point = tree.unflatten(treespec, self._inputs)
+
+    @property
+    def params(self) -> Tree:
+        """The parameters."""
+        return tree.unflatten(self._treespec, self._leaves)
 
     def step(self, *rest: Any) -> bool:
         """Take a step down `fn(params, *rest)`; or none, and say so, if a derivative rides on its gradient."""
+        inputs = tuple(x.detach().requires_grad_() for x in self._leaves)
         with torch.enable_grad():
-            value = self._fn(self._point, *rest)
-        grads = leaf_gradient(value, self._inputs)
+            value = self._fn(tree.unflatten(self._treespec, inputs), *rest)
+        grads = leaf_gradient(value, inputs)
         if grads is None:
             return False
         if self._count is not None:
             self._count = self._count + 1
             self.state = (self.state[0]._replace(count=self._count), *self.state[1:])
-        params, *moments = self._columns
-        columns = [params, [self._apart(g) for g in grads], *moments]
+        self._leaves = [x.clone() for x in self._leaves]
+        columns = [self._leaves, [g.contiguous() for g in grads], *self._moments]
         torch_fused.step_in_place(self._rule, columns, self._scalars, self._count)
         return True
-
-    def _apart(self, gradient: Tensor) -> Tensor:
-        """The gradient, contiguous, and in memory that the step does not write."""
-        gradient = gradient.contiguous()
-        start, end = gradient.data_ptr(), gradient.data_ptr() + gradient.nbytes
-        return gradient.clone() if any(start < last and first < end for first, last in self._ranges) else gradient
 
 
 def inner_loop(
     fn: Callable[..., Tensor], optimizer: GradientTransformation, params: Tree, state: Any
 ) -> InnerLoop | None:
-    """Make steps in place of an optimizer down a function, where that is right and quicker.
+    """Make steps of an optimizer down a function quicker, where that is right.
 
     Args:
         fn: Takes the parameters and more, and returns a floating-point scalar.
         optimizer: The optimizer.
-        params: The parameters, of which nobody else holds the memory, as those that `step` has returned.
-        state: The optimizer's state, likewise.
+        params: The parameters.
+        state: The optimizer's state, of which nobody else holds the memory, as one that `step` has returned: its
+            moments are written over.
 
     Returns:
         The loop; None where the optimizer has no such steps, or the tensors do not suit: few plain leaves of one kind

@@ -92,10 +92,11 @@ def test_a_derivative_that_rides_on_the_gradient_stops_the_loop_before_the_step(
     assert loop.step(torch.tensor(2.0))
     assert not loop.step(rate)
     assert not loop.step((3 * rate).view_as(rate))
-    assert_close(start, torch.zeros(3), rtol=0, atol=0)
+    assert_close(loop.params, torch.zeros(3), rtol=0, atol=0)
     with torch.no_grad():  # where nobody can ask for it
         assert loop.step(rate)
-    assert_close(start, -torch.ones(3), rtol=0, atol=0)
+    assert_close(loop.params, -torch.ones(3), rtol=0, atol=0)
+    assert_close(start, torch.ones(3), rtol=0, atol=0)
 
 
 def test_losses_may_take_derivatives_of_their_own():
@@ -123,7 +124,7 @@ class Handed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gradient):
-        ctx.gradient = gradient
+        ctx.gradient = gradient(x)
         return x.sum()
 
     @staticmethod
@@ -134,20 +135,56 @@ class Handed(torch.autograd.Function):
 @pytest.mark.parametrize(
     "of", [lambda p: p, lambda p: p.flip(0), lambda p: p[:1].expand(4), lambda p: torch.cat([p[1:], p[:1]])]
 )
-def test_gradients_may_share_memory_with_what_is_written(of):
+def test_gradients_may_share_memory_with_the_parameters(of):
     optimizer, whole = sgd(0.5, momentum=0.9), torch.tensor([1.0, -2.0, 3.0, 0.5])
-    loop = inner_loop(Handed.apply, optimizer, whole.clone(), optimizer.init(whole))
+    loop = inner_loop(Handed.apply, optimizer, whole, optimizer.init(whole))
     assert loop is not None
     params, state = whole, optimizer.init(whole)
     for _ in range(3):
-        assert loop.step(of(loop.params))
+        assert loop.step(of)
         params, state = step(optimizer, of(params), state, params)
         assert_close(loop.params, params, rtol=0, atol=0)
 
 
-def test_overlapping_views_of_the_parameters_are_read_before_they_are_written():
-    memory = torch.arange(1.0, 6.0)
-    loop = inner_loop(Handed.apply, sgd(1.0), memory[1:], sgd(1.0).init(memory[1:]))
+def as_by_step(loss, start, optimizer=sgd(0.1), steps=5):
+    """The parameters after some steps of the loop, which have to be those of steps one by one."""
+    loop = inner_loop(loss, optimizer, tree.map(torch.clone, start), optimizer.init(start))
     assert loop is not None
-    assert loop.step(memory[:-1])
-    assert_close(memory, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0]))
+    for _ in range(steps):
+        assert loop.step()
+    params, state = start, optimizer.init(start)
+    for _ in range(steps):
+        params, state = step(optimizer, value_and_grad(loss)(params)[1], state, params)
+    assert_close(loop.params, params)
+    return loop.params
+
+
+def test_losses_see_new_leaves_at_each_step():
+    """Autocast remembers casts by leaf, and hooks stay on one; both as if each step were a call of its own."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        as_by_step(lambda w: torch.nn.functional.linear(torch.ones(1, 3), w).pow(2).sum(), torch.ones(2, 3))
+
+    def hooked(w):
+        w.register_hook(lambda g: 0.5 * g)
+        return (w**2).sum()
+
+    assert_close(as_by_step(hooked, torch.ones(2)), torch.full((2,), 0.9**5))
+
+
+def test_losses_may_change_the_tree_that_they_are_given():
+    def moved(p):
+        p["w"] = p["w"] + 1
+        return (p["w"] ** 2).sum() + p.pop("b").sum()
+
+    as_by_step(moved, {"w": torch.zeros(2), "b": torch.ones(())})
+
+
+def test_what_a_loss_keeps_does_not_change():
+    seen = []
+
+    def kept(w):
+        seen.append(w.detach())
+        return (w**2).sum()
+
+    as_by_step(kept, torch.ones(1), steps=4)
+    assert_close(torch.cat(seen), torch.tensor([1.0, 0.8, 0.64, 0.512] * 2))
