@@ -15,6 +15,7 @@ from diffopt.autodiff import transforms_active
 from diffopt.nn.places import Place, find_places
 from diffopt.transforms import GradientTransformation, step
 from diffopt.transforms.base import check_optimizer
+from diffopt.tree.recomputation import follow
 from diffopt.typing import Tree
 
 __all__ = ["MetaOptimizer"]
@@ -71,6 +72,8 @@ class MetaOptimizer:
         if not members:
             raise ValueError("`params` must hold a module or a tensor; got an empty tree.")
         self._modules = [m for m in members if isinstance(m, nn.Module)]
+        for module in self._modules:
+            follow(module)  # each step gives it other tensors
         self.tensors = [m for m in members if isinstance(m, Tensor)]
         layout = tree.unflatten(spec, _layout(members, [f"params{path}" for path in tree.paths(params)]))
         self._keys, self._spec = tree.flatten(layout)

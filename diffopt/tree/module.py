@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffopt.tree.recomputation import recomputed_with
+from diffopt.tree.recomputation import recomputed_as_seen
 from diffopt.tree.structure import leaves
 
 __all__ = ["ModuleFunction", "from_module", "to_module"]
@@ -70,10 +70,8 @@ class ModuleFunction:
         _check_names(buffers, self._buffer_names, "buffers")
         state = {**params, **_fresh(buffers, _tracked(self.module), (dict(params), args, list(kwargs.values())))}
         state = {place: state[name] for place, name in self._name_of.items()}
-        own = {place: value for place, value in state.items() if self._name_of[place] in params}
-        running = {place: value for place, value in state.items() if place not in own}
         # with tie_weights, torch leaves a submodule that stands in two places with the values given
-        with recomputed_with(self.module, own, running):
+        with recomputed_as_seen(self.module):
             output = functional_call(self.module, state, args, kwargs, tie_weights=False)
         # functional_call writes reassigned buffers back into the dict that it was given
         return output, {name: state[name] for name in buffers}

@@ -1,56 +1,104 @@
-"""`torch.utils.checkpoint` inside a module that is called with other values than its own.
+"""`torch.utils.checkpoint` inside modules that have other values in a call than when its graph is differentiated.
 
-It calls parts of the module again in the backward pass, when the module has its own values back, and would give their
-gradient, silently. Its internals are looked up here alone; tests/tree/test_recomputation.py fails when one changes.
+It calls parts of a module again in the backward pass. By then the module may have its own values back, or later ones,
+and the gradient would be theirs, silently. So what is checkpointed here remembers the values that it saw. The internals
+of torch that this needs are named here alone; tests/tree/test_recomputation.py fails when one changes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import contextvars
+import functools
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
-__all__ = ["recomputed_with"]
+__all__ = ["follow", "recomputed_as_seen"]
+
+_called: contextvars.ContextVar[tuple[nn.Module, ...]] = contextvars.ContextVar("modules in a call", default=())
+_followed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def recomputed_with(
-    module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> contextlib.AbstractContextManager:
-    """Let what is checkpointed in a context be computed again with the values that a module has there.
+def recomputed_as_seen(module: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which what is checkpointed will be computed again with the values that a module has in it.
 
     Args:
         module: The module.
-        params: Its parameters by place.
-        buffers: Its buffers by place. The second time, copies of them are updated.
 
     Returns:
         The context. In it reentrant checkpoints raise: they have no gradient in values that are given.
     """
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _recomputed_with(module, params, buffers)
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _within(module)
+
+
+def follow(module: nn.Module) -> None:
+    """Let all that is checkpointed from now on be computed again with the values that a module had at the call.
+
+    Args:
+        module: The module, whose tensors are replaced between calls.
+    """
+    _prepare()
+    _followed.add(module)
 
 
 @contextlib.contextmanager
-def _recomputed_with(module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    generator, reentrant = torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction
-
-    def recomputing(fn: Callable[..., Any], *options: Any, **named: Any) -> Any:
-        def again(*args: Any, **kwargs: Any) -> Any:
-            values = {**params, **{place: value.clone() for place, value in buffers.items()}}
-            within = {f"module.{place}": value for place, value in values.items()}
-            return functional_call(_Part(module, fn), within, args, kwargs, tie_weights=False)
-
-        return generator(again, *options, **named)
-
-    torch_checkpoint._checkpoint_without_reentrant_generator = recomputing
-    torch_checkpoint.CheckpointFunction = _Refused
+def _within(module: nn.Module) -> Iterator[None]:
+    _prepare()
+    token = _called.set((*_called.get(), module))
     try:
         yield
     finally:
-        torch_checkpoint._checkpoint_without_reentrant_generator = generator
-        torch_checkpoint.CheckpointFunction = reentrant
+        _called.reset(token)
+
+
+@functools.cache
+def _prepare() -> None:
+    """Have torch's checkpoints ask which modules are followed; where none is, they are as they were."""
+    begin, reentrant = _CheckpointFrame.__init__, CheckpointFunction.forward
+
+    def remembering(frame: Any, recompute: Callable[..., Any], *options: Any, **named: Any) -> None:
+        for module in {*_called.get(), *_followed}:
+            recompute = _with_values_of(module, recompute)
+        begin(frame, recompute, *options, **named)
+
+    def refusing(ctx: Any, *args: Any) -> Any:
+        if _called.get():
+            raise RuntimeError(
+                "torch.utils.checkpoint(..., use_reentrant=True) gives no gradient in parameters that are given as a "
+                "tree: take use_reentrant=False, or diffopt.checkpoint(part)(x), which composes with every transform"
+            )
+        return reentrant(ctx, *args)
+
+    _CheckpointFrame.__init__ = remembering  # pyright: ignore[reportAttributeAccessIssue]
+    CheckpointFunction.forward = staticmethod(refusing)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _with_values_of(module: nn.Module, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is called as if the module had the values of now."""
+    params, buffers = _tensors(module, "_parameters"), _tensors(module, "_buffers")
+    buffers = {place: value.clone() for place, value in buffers.items()}  # a call may write over them
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        values = {**params, **{place: value.clone() for place, value in buffers.items()}}
+        within = {f"module.{place}": value for place, value in values.items()}
+        with recomputed_as_seen(module):
+            return functional_call(_Part(module, fn), within, args, kwargs, tie_weights=False)
+
+    return again
+
+
+def _tensors(module: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The tensors in each place."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, child in module.named_modules()
+        for name, value in getattr(child, kind).items()
+        if value is not None
+    }
 
 
 class _Part(nn.Module):
@@ -62,14 +110,3 @@ class _Part(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
-
-
-class _Refused:
-    """What reentrant checkpoints meet."""
-
-    @staticmethod
-    def apply(*args: Any) -> Any:
-        raise RuntimeError(
-            "torch.utils.checkpoint(..., use_reentrant=True) gives no gradient in parameters that are given as a tree: "
-            "take use_reentrant=False, or diffopt.checkpoint(part)(x), which composes with every transform"
-        )

@@ -1,6 +1,7 @@
 """torch.utils.checkpoint in modules that are called with values: it computes again with those, or raises."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 import diffopt
 from diffopt import tree
 from diffopt.autodiff import grad, value_and_grad
+from diffopt.nn import MetaOptimizer
+from diffopt.optimizers import sgd
 
 non_reentrant = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False)
 
@@ -129,10 +132,83 @@ def test_transforms_take_ours_and_refuse_the_other():
                 torch.func.grad(loss)(params)
 
 
-def test_torch_is_left_as_it_was():
-    kept = torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction
-    slope(non_reentrant)
+def test_buffers_that_a_block_reads_and_changes():
+    class Normed(nn.Module):
+        def __init__(self, call):
+            super().__init__()
+            torch.manual_seed(0)
+            norm = nn.utils.parametrizations.spectral_norm
+            self.blocks = nn.ModuleList(norm(nn.Linear(4, 4)) for _ in range(2)).double()
+            self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+            self.call = call
+
+        def centred(self, block, x):
+            y = (block(x) - self.mean).tanh()
+            self.mean = 0.5 * self.mean + y.detach().mean(0)
+            return y
+
+        def forward(self, x):
+            for block in (*self.blocks, self.blocks[0]):
+                x = self.call(functools.partial(self.centred, block), x)
+            return x
+
+    def slope(call):
+        function, params, buffers = tree.from_module(Normed(call))
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+
+        def loss(params):
+            out, new = function(params, buffers, x)
+            return out.pow(2).sum(), new
+
+        return value_and_grad(loss, has_aux=True)(tree.map(lambda p: p + 0.3, params))
+
+    assert_close(slope(non_reentrant), slope(plainly))
+
+
+def test_modules_that_an_optimizer_moves():
+    def slopes(call):
+        net = Blocks(call)
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        start, inner = list(net.parameters()), MetaOptimizer(net, sgd(rate))
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+        for _ in range(3):
+            inner.step(net(x).pow(2).sum())
+        return torch.autograd.grad(net(2 * x).pow(2).sum(), [rate, *start])
+
+    assert_close(slopes(non_reentrant), slopes(plainly))
+
+
+def test_blocks_that_torch_wraps():
+    wrap = pytest.importorskip("torch.distributed._composable").checkpoint
+
+    def slope(wrapped):
+        net = Blocks(plainly)
+        for block in net.blocks[:2] if wrapped else ():
+            wrap(block)
+        function, params, buffers = tree.from_module(net)
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+        return grad(lambda params: function(params, buffers, x)[0].pow(2).sum())(tree.map(lambda p: 2 * p, params))
+
+    assert_close(slope(True), slope(False))
+
+
+def test_threads_and_failures_leave_other_modules_alone():
+    inside, leave = threading.Event(), threading.Event()
+
+    def waiting(block, x):
+        inside.set()
+        assert leave.wait(20)
+        return non_reentrant(block, x)
+
+    function, params, buffers, x = setting(waiting)
+    thread = threading.Thread(target=function, args=(params, buffers, x))
+    thread.start()
+    assert inside.wait(20)
     function, params, buffers, _ = setting(non_reentrant)
     with pytest.raises(RuntimeError):
         function(params, buffers, torch.ones(3, 5, dtype=torch.float64))
-    assert (torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction) == kept
+    leaf = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+    plain = Blocks(functools.partial(torch_checkpoint.checkpoint, use_reentrant=True))
+    assert_close(plain(leaf), Blocks(plainly)(leaf))
+    leave.set()
+    thread.join()

@@ -146,8 +146,9 @@ def test_gradients_may_share_memory_with_the_parameters(of):
         assert_close(loop.params, params, rtol=0, atol=0)
 
 
-def as_by_step(loss, start, optimizer=sgd(0.1), steps=5):
+def as_by_step(loss, start, steps=5):
     """The parameters after some steps of the loop, which have to be those of steps one by one."""
+    optimizer = sgd(0.1)
     loop = inner_loop(loss, optimizer, tree.map(torch.clone, start), optimizer.init(start))
     assert loop is not None
     for _ in range(steps):
