@@ -89,9 +89,9 @@ def train(
         graph: The program.
         state: Where it starts.
         batches: A function of the number of the update that gives the batches by level, as `Graph.update` takes them;
-            or for each level a source, of which each of its steps takes one batch: a function of their number, such as
-            `minibatches(key, data, size)`, or an iterable, which begins anew where it ends, and which for `checkpoint`
-            needs `state_dict` and `load_state_dict`.
+            or for each level a source, of which each of its steps takes one batch (`accumulate` many): a function of
+            their number, such as `minibatches(key, data, size)`, or an iterable, which begins anew where it ends, and
+            which for `checkpoint` needs `state_dict` and `load_state_dict`.
         updates: How many updates `state.updates` counts at the end, those before included.
         validate: `(trained) -> score`, lower is better; the parameters are in `trained.state.params`.
         validate_every: How many updates are between two validations.
