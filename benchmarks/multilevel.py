@@ -3,8 +3,8 @@
 Betty is no dependency: `pip install --ignore-requires-python betty-ml` into an environment of your own; its rows are
 left out where it is missing. Each side solves the same problem from the same start, and what it finds is compared
 before anything is timed: three updates of the hand-written loop, one of Betty's, of one product (from the second on its
-directions are made of the residual before), and one of the meta-weight net. An update's time is the difference of ten
-and five, so that engines are set up outside of it. Peak memory is that of a process of its own, over what it had
+directions are made of the residual before), and one of the meta-weight net. An update's time is the difference of 20 and
+5, so that engines are set up outside of it. Peak memory is that of a process of its own, over what it had
 before.
 """
 
@@ -166,8 +166,8 @@ def hyperparameters() -> list[dict]:
         found = single[0].update(single[1], single[2])[0].params["decay"]
         torch.testing.assert_close(by_betty(products=1)(1), found, rtol=1e-4, atol=1e-5)
         runs.append(by_betty())
-    times = alternate([functools.partial(each, count) for each in runs for count in (5, 10)], repeats=9, budget_s=3.0)
-    eager, jitted, handmade, *theirs = ((ten - five) / 5 for five, ten in zip(times[::2], times[1::2], strict=True))
+    times = alternate([functools.partial(each, count) for each in runs for count in (5, 20)], repeats=15, budget_s=3.0)
+    eager, jitted, handmade, *theirs = ((many - few) / 15 for few, many in zip(times[::2], times[1::2], strict=True))
     name = "hyperparameters of a logistic regression"
     rows = [
         row(f"{name}, an update, eager", eager / 1e3, "ms"),
