@@ -75,7 +75,7 @@ class Implicit:
         """See `Adjoint`."""
         solver, x, equation = self.linear_solver, response.x, response.equation
         tags = believed_tags(equation.symmetric, solver, sum(leaf.numel() for leaf in tree.leaves(x)))
-        jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags)
+        jacobian = jacobian_operator(equation.residual, x, *response.args, tags=tags, codomain=x)
         jacobian = jacobian.transpose(trusted=equation.symmetric)
         start = None if getattr(solver, "truncated", False) else state
         u, stats = linear_solve(

@@ -75,7 +75,8 @@ class Response:
         retrace: `(truncate, checkpoint, *args) -> x`, the steps that led to the iterate, to be differentiated; with
             `truncate` the last ones alone.
         change: `gradient -> dx`, what one more step along a gradient adds to the iterate.
-        pull_change: `(gradient, cotangent) -> cotangent`, what a cotangent of that is for the gradient.
+        pull_change: `(gradient, cotangent) -> cotangent`, what a cotangent of that is for the gradient; 0 where the
+            gradient is 0 and the step has no derivative.
     """
 
     x: Tree

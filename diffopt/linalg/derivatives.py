@@ -18,7 +18,9 @@ from diffopt.typing import Tree
 __all__ = ["flat_jacobian", "gauss_newton_operator", "hessian_operator", "jacobian_operator"]
 
 
-def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Iterable[Tag] = ()) -> LinearOperator:
+def jacobian_operator(
+    fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Iterable[Tag] = (), codomain: Tree = None
+) -> LinearOperator:
     r"""The Jacobian of a function at a point.
 
     .. math:: v \mapsto \partial_x f(x, \theta)\, v
@@ -28,6 +30,7 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
         x: a tree of floating-point tensors, the point.
         args: trees; their tensors, and what `fn` captures, are parameters like `x`.
         tags: what is known of its structure.
+        codomain: an example of the tree that `fn` returns; None evaluates it.
 
     Returns:
         The operator, which evaluates `fn` once per binding and not once per product.
@@ -43,7 +46,7 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
     leaves, fill = tree.partition(args)
     domain = Space.like(x)
     with torch.no_grad():
-        codomain = Space.like(fn(x, *args))
+        image = Space.like(fn(x, *args) if codomain is None else codomain)
 
     def flat_fn(vector, *flat):
         args, found = fill(flat[: len(leaves)]), flat[len(leaves) :]
@@ -52,7 +55,7 @@ def jacobian_operator(fn: Callable[..., Tree], x: Tree, *args: Tree, tags: Itera
     parameters = (vector, *leaves, *captured)
     if not complete and derivative_wanted():
         check_closed(flat_fn, parameters, name="fn")
-    return flat_jacobian(flat_fn, parameters, domain, codomain, checked_tags(tags, codomain.size, domain.size))
+    return flat_jacobian(flat_fn, parameters, domain, image, checked_tags(tags, image.size, domain.size))
 
 
 def flat_jacobian(

@@ -7,6 +7,7 @@ The derivative is a rule, so no solver is differentiated through its iterations,
 solves of the same kind.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import any_lane
+from diffopt.autodiff.levels import derivative_possible, is_tracked, plain_autograd
 from diffopt.linalg.dense import Dense
 from diffopt.linalg.gmres import GMRES
 from diffopt.linalg.krylov import CG
-from diffopt.linalg.operators import LinearOperator, Space, matrix_operator
+from diffopt.linalg.operators import Bound, LinearOperator, Space, matrix_operator
 from diffopt.linalg.protocol import LinearSolver, Status, nothing_to_solve, prepared
 from diffopt.linalg.rules import Again, Alarm, Moved, Pairs, Problem, Solved, solve_by_rule
 from diffopt.linalg.stopping import CAUSES as ITERATIVE_CAUSES
@@ -115,6 +117,8 @@ def linear_solve(
     if operator.shape[0] != operator.shape[1]:
         raise ValueError(f"linear_solve needs a square operator; got shape {operator.shape}. Use lstsq for others")
     failure: Failure = "raise" if throw else "ignore"
+    if has_aux:
+        operator = _bound_once(operator)
 
     def one(b, start=None):
         return _solve(operator, b, solver, start, failure)
@@ -196,9 +200,22 @@ def solve_columns(
     return (found[0].mT, found[1]) if has_aux else found.mT
 
 
+def _bound_once(operator: LinearOperator) -> LinearOperator:
+    """The operator, with one binding for the solve and its statistics where no derivative can be asked for."""
+    if not plain_autograd() or derivative_possible(operator.parameters):
+        return operator
+    bound = operator.bind(*operator.parameters)
+
+    def bind(*parameters: Tensor) -> Bound:
+        same = all(a is b for a, b in zip(parameters, operator.parameters, strict=True))
+        return bound if same else operator.bind(*parameters)
+
+    return dataclasses.replace(operator, bind=bind)
+
+
 def _statistics(operator: LinearOperator, b: Tensor, x: Tensor, status: Status) -> LinearStats:
     with torch.no_grad():
-        bound = operator.bind(*(p.detach() for p in operator.parameters))
+        bound = operator.bind(*(p.detach() if is_tracked(p) else p for p in operator.parameters))
         b, size = b.detach(), norm(b.detach())
         residual = norm(b - bound.matvec(x.detach())) / torch.where(size > 0, size, 1.0)
     return LinearStats(status.converged, residual, status.steps)

@@ -289,11 +289,17 @@ def _pulled_change(program: Program, name: str, gradient: Tree, cotangent: Tree,
     level, found = program.levels[name], None
     if level.clip is None and level.project is None:
         along = grad(lambda g, piece, v: v @ level.optimizer.update(g, piece.state, piece.params)[0][0])
-        pull = lambda piece, v: along(piece.gradient, piece, v)[0]  # noqa: E731
+        pull = lambda piece, v: _settled(along(piece.gradient, piece, v)[0], piece.gradient[0])  # noqa: E731
         found = by_pieces(pull, level.optimizer, gradient, optimizer, params, cotangent)
     if found is None:
-        return grad(lambda g, v: tree.vdot(v, _change(program, name, g, optimizer, params)))(gradient, cotangent)
+        found = grad(lambda g, v: tree.vdot(v, _change(program, name, g, optimizer, params)))(gradient, cotangent)
+        found = tree.map(_settled, found, gradient)
     return found
+
+
+def _settled(pulled: Tensor, gradient: Tensor) -> Tensor:
+    """What is pulled to a gradient, 0 where that is 0 and the step has no derivative."""
+    return torch.where(pulled.isnan() & (gradient == 0), 0.0, pulled)
 
 
 def _retraced(program, group, context, args, truncate, checkpoint) -> dict[str, Tree]:

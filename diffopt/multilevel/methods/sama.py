@@ -57,9 +57,9 @@ class SAMA:
         """See `diffopt.implicit.Adjoint`."""
         slope = response.equation.residual(response.x, *response.args)
         u = response.pull_change(slope, cotangent)
-        u = tree.map(lambda u, g: torch.where(u.isnan() & (g == 0), 0.0, -u), u, slope)
         del cotangent, slope  # they may be as large as all parameters
-        return pulled_by_difference(response, u, self.radius), state, unsolved(response.x)
+        parts = pulled_by_difference(response, u, self.radius)
+        return tree.map(torch.neg, parts), state, unsolved(response.x)
 
     def respond(self, response: Response, state) -> Tree:
         """See `diffopt.implicit.Adjoint`; with the exact mixed derivative."""
