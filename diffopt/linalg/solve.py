@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.autodiff import any_lane
-from diffopt.autodiff.levels import derivative_possible, is_tracked, plain_autograd
+from diffopt.autodiff.levels import derivative_possible, plain_autograd
 from diffopt.linalg.dense import Dense
 from diffopt.linalg.gmres import GMRES
 from diffopt.linalg.krylov import CG
@@ -202,7 +202,7 @@ def solve_columns(
 
 def _bound_once(operator: LinearOperator) -> LinearOperator:
     """The operator, with one binding for the solve and its statistics where no derivative can be asked for."""
-    if not plain_autograd() or derivative_possible(operator.parameters):
+    if not _at_rest(operator):
         return operator
     bound = operator.bind(*operator.parameters)
 
@@ -213,9 +213,15 @@ def _bound_once(operator: LinearOperator) -> LinearOperator:
     return dataclasses.replace(operator, bind=bind)
 
 
+def _at_rest(operator: LinearOperator) -> bool:
+    """Whether no derivative of the operator can be asked for, and no transform is live."""
+    return plain_autograd() and not derivative_possible(operator.parameters)
+
+
 def _statistics(operator: LinearOperator, b: Tensor, x: Tensor, status: Status) -> LinearStats:
     with torch.no_grad():
-        bound = operator.bind(*(p.detach() if is_tracked(p) else p for p in operator.parameters))
+        resting = _at_rest(operator)
+        bound = operator.bind(*(p if resting else p.detach() for p in operator.parameters))
         b, size = b.detach(), norm(b.detach())
         residual = norm(b - bound.matvec(x.detach())) / torch.where(size > 0, size, 1.0)
     return LinearStats(status.converged, residual, status.steps)
