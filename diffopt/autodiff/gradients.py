@@ -367,7 +367,10 @@ def leaf_gradient(value: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ..
         return None
     if not value.requires_grad:
         return tuple(map(torch.zeros_like, leaves))
-    return _backward((value,), leaves, (torch.ones_like(value),), keep=False, create=False)
+    found = _engine.run_backward(
+        (value,), (torch.ones_like(value),), False, False, leaves, allow_unreachable=True, accumulate_grad=False
+    )
+    return tuple([torch.zeros_like(x) if f is None else f for f, x in zip(found, leaves, strict=True)])
 
 
 def _detach_tensors(tree):

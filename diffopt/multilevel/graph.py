@@ -246,6 +246,8 @@ def _named(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             error.add_note(f"This is the loss of level {name!r}, called as (own, *reads, batch) with ({kinds}).")
             raise
+        if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
+            return value
         return check_scalar(value, f"the loss of level {name!r}")
 
     return checked

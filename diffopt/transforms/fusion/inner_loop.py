@@ -37,8 +37,9 @@ class InnerLoop:
 
     def __init__(self, fn: Callable[..., Tensor], rule: StepRule, scalars: Mapping[str, float], params: Tree, state):
         self.state = state
-        self._fn, self._rule, self._scalars = fn, rule, scalars
+        self._fn, self._write = fn, torch_fused.writer(rule, scalars)
         (self._leaves, *self._moments), self._treespec = _columns(params, state)
+        self._bare = self._treespec.is_leaf()
         self._count = state[0].count if "count" in state[0]._fields else None
 
     @property
@@ -48,9 +49,10 @@ class InnerLoop:
 
     def step(self, *rest: Any) -> bool:
         """Take a step down `fn(params, *rest)`; or none, and say so, if a derivative rides on its gradient."""
-        inputs = tuple(x.detach().requires_grad_() for x in self._leaves)
+        inputs = tuple([x.detach().requires_grad_() for x in self._leaves])
+        point = inputs[0] if self._bare else self._treespec.unflatten(inputs)
         with torch.enable_grad():
-            value = self._fn(tree.unflatten(self._treespec, inputs), *rest)
+            value = self._fn(point, *rest)
         grads = leaf_gradient(value, inputs)
         if grads is None:
             return False
@@ -58,8 +60,7 @@ class InnerLoop:
             self._count = self._count + 1
             self.state = (self.state[0]._replace(count=self._count), *self.state[1:])
         self._leaves = [x.clone() for x in self._leaves]
-        columns = [self._leaves, [g.contiguous() for g in grads], *self._moments]
-        torch_fused.step_in_place(self._rule, columns, self._scalars, self._count)
+        self._write((self._leaves, [g.resolve_neg().contiguous() for g in grads], *self._moments), self._count)
         return True
 
 

@@ -5,7 +5,7 @@ changes. They write in place without raising version counters, and take numbers,
 no derivative can be asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, _fused_adamw_, _fused_sgd_
@@ -13,7 +13,7 @@ from torch import Tensor, _fused_adamw_, _fused_sgd_
 from diffopt.typing import Numeric
 from diffopt_kernels.steps import ADAM, MOMENTUM, NESTEROV, SGD, StepRule
 
-__all__ = ["serves", "step_in_place"]
+__all__ = ["serves", "step_in_place", "writer"]
 
 
 def serves(rule: StepRule, columns: Sequence[Sequence[Tensor]], scalars: Mapping[str, Numeric]) -> bool:
@@ -58,41 +58,54 @@ def step_in_place(
         >>> p
         tensor([0.5000, 0.5000])
     """
-    numbers = {name: _number(value) for name, value in scalars.items()}
+    write = writer(rule, {name: _number(value) for name, value in scalars.items()})
     try:
-        _step(rule, columns, numbers, count)
+        write(columns, count)
     except RuntimeError:  # torch refuses lazily negated views, before it writes; to look for them first costs more
         if not any(x.is_neg() for column in columns for x in column):
             raise
         ready = [[x.resolve_neg() for x in column] for column in columns]
-        _step(rule, ready, numbers, count)
+        write(ready, count)
         for column, stepped in zip((columns[0], *columns[2:]), (ready[0], *ready[2:]), strict=True):
             for x, y in zip(column, stepped, strict=True):
                 if x is not y:
                     x.detach().copy_(y)
 
 
-def _step(rule: StepRule, columns: Sequence[Sequence[Tensor]], numbers: dict[str, float], count: Tensor | None) -> None:
+def writer(rule: StepRule, numbers: Mapping[str, float]) -> Callable[[Sequence[Sequence[Tensor]], Tensor | None], None]:
+    """The function that takes a step in place, `(columns, count) -> None`; it refuses lazily negated views.
+
+    Args:
+        rule: A step that torch serves.
+        numbers: The rule's scalars by name.
+
+    Returns:
+        The function, whose arguments are as in `step_in_place`.
+    """
     learning_rate = numbers["learning_rate"]
-    with torch.no_grad():
-        if rule is ADAM and count is not None:
-            params, grads, mus, nus = map(list, columns)
-            _fused_adamw_(
-                params,
-                grads,
-                mus,
-                nus,
-                [],
-                [count.to(torch.float32)] * len(params),
-                lr=learning_rate,
-                beta1=numbers["b1"],
-                beta2=numbers["b2"],
-                weight_decay=numbers["weight_decay"],
-                eps=numbers["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            return
+
+    @torch.no_grad()
+    def adam(columns: Sequence[Sequence[Tensor]], count: Tensor | None) -> None:
+        assert count is not None
+        params, grads, mus, nus = map(list, columns)
+        _fused_adamw_(
+            params,
+            grads,
+            mus,
+            nus,
+            [],
+            [count.to(torch.float32)] * len(params),
+            lr=learning_rate,
+            beta1=numbers["b1"],
+            beta2=numbers["b2"],
+            weight_decay=numbers["weight_decay"],
+            eps=numbers["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+    @torch.no_grad()
+    def descent(columns: Sequence[Sequence[Tensor]], count: Tensor | None) -> None:
         params, grads, *moments = map(list, columns)
         _fused_sgd_(
             params,
@@ -106,6 +119,8 @@ def _step(rule: StepRule, columns: Sequence[Sequence[Tensor]], numbers: dict[str
             maximize=False,
             is_first_step=False,
         )
+
+    return adam if rule is ADAM else descent
 
 
 def _number(value: Numeric) -> float:
