@@ -3,9 +3,8 @@
 Betty is no dependency: `pip install --ignore-requires-python betty-ml` into an environment of your own; its rows are
 left out where it is missing. Each side solves the same problem from the same start, and what it finds is compared
 before anything is timed: three updates of the hand-written loop, one of Betty's, of one product (from the second on its
-directions are made of the residual before), and one of the meta-weight net. An update's time is the difference of 20 and
-5, so that engines are set up outside of it. Peak memory is that of a process of its own, over what it had
-before.
+directions are made of the residual before), and one of the meta-weight net. An update's time is the difference of 20
+and 5, so that engines are set up outside of it. Peak memory is that of a process of its own, over what it had before.
 """
 
 import functools
